@@ -1,0 +1,1 @@
+"""Plain NumPy kernels: what every fast kernel is checked against."""
