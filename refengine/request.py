@@ -35,6 +35,7 @@ class Request:
     cache_salt: str | None = None
     seed: int = 0  # sampling_params.seed, or one drawn by the engine
     eos_token_ids: tuple[int, ...] = ()  # the model's own end-of-sequence tokens
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # sampling_params.bad_words, tokenized
 
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -20,6 +20,8 @@ class NewRequest:
     num_prompt_tokens: int
     sampling_params: SamplingParams
     seed: int  # the request's own seed, drawn by the engine where the user named none
+    # Each forbidden text as the token sequences that would spell it.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

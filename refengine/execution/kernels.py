@@ -16,8 +16,31 @@ class KernelSet(Protocol):
 
     name: str
 
-    def prepare_weight(self, weight: Array) -> Any:
-        """``[out, in]`` to whatever layout ``linear`` multiplies fastest."""
+    def empty(self, shape: tuple[int, ...]) -> Array:
+        """An uninitialised array for activations."""
+
+    def allocate_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str,
+    ) -> tuple[Array, Array]:
+        """Zeroed ``[num_layers, num_blocks, block_size, num_kv_heads, head_dim]``, twice."""
+
+    def allocate_weights(self, count: int, out_features: int, in_features: int, dtype: str) -> Any:
+        """Room for ``count`` matrices in the layout that ``linear`` multiplies fastest.
+
+        Indexing the result with a layer's number gives that layer's weight.
+        """
+
+    def store_weight(self, weights: Any, index: int, weight: Array) -> None:
+        """Put one ``[out, in]`` matrix into its place."""
+
+    def embedding(self, token_ids: Array, weight: Any, out: Array) -> None:
+        """``out[t] = weight[token_ids[t]]``, from the layout that ``store_weight`` wrote."""
 
     def linear(self, x: Array, weight: Any, bias: Array | None, out: Array) -> None:
         """``out[t, o] = sum_i x[t, i] * weight[o, i] + bias[o]``."""
@@ -40,6 +63,9 @@ class KernelSet(Protocol):
 
     def gelu_tanh_and_mul(self, x: Array, out: Array) -> None:
         """``out = gelu_tanh(x[:, :d]) * x[:, d:]``."""
+
+    def soft_cap(self, x: Array, cap: float) -> None:
+        """``x = cap * tanh(x / cap)``, in place."""
 
     def write_kv(
         self,
