@@ -39,6 +39,9 @@ class KernelSet(Protocol):
     def store_weight(self, weights: Any, index: int, weight: Array) -> None:
         """Put one ``[out, in]`` matrix into its place."""
 
+    def store_vector(self, vector: Array) -> Array:
+        """A norm weight, bias or table (any shape), in the dtype that the kernels read it in."""
+
     def embedding(self, token_ids: Array, weight: Any, out: Array) -> None:
         """``out[t] = weight[token_ids[t]]``, from the layout that ``store_weight`` wrote."""
 

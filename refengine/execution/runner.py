@@ -1,0 +1,190 @@
+"""Runner: what carries out a ``ScheduledBatch``; and ModelRunner, which does it with a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from refengine.config import ModelConfig
+from refengine.execution.batch import BatchArrays, RequestRows
+from refengine.execution.kernels import Array, KernelSet
+from refengine.execution.sampler import Sampler, SamplingInput, top_logprobs
+from refengine.step import Logprob, RequestStepOutput, ScheduledBatch, StepOutput
+
+# Prompt log-probabilities need a row of logits a token; this many rows at a time bound the memory.
+PROMPT_LOGPROB_ROWS = 64
+
+
+class Runner(Protocol):
+    """The seam between the engine and whatever computes: a model, several ranks, a simulation."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks that the device's cache holds."""
+
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
+        """Carry out one step."""
+
+    def close(self) -> None:
+        """Release what the runner holds."""
+
+
+class Model(Protocol):
+    """A decoder: ``Transformer``, or a compiled form of it with the same results."""
+
+    def forward(self, batch: BatchArrays, key_caches: Array, value_caches: Array) -> Array:
+        """Hidden states after the final norm, ``[T, hidden]``."""
+
+    def logits(self, hidden: Array) -> Array:
+        """``[R, hidden]`` to ``[R, vocab]`` float32."""
+
+
+class ModelRunner:
+    """Runs a model on one device.
+
+    Args:
+        model: the decoder.
+        config: its numbers.
+        kernels: the backend, for the cache and for moving blocks.
+        num_kv_blocks: blocks in the cache.
+        block_size: tokens a block.
+        max_num_seqs: requests in one step at most.
+        max_model_len: tokens a request may have.
+        dtype: what the cache holds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: ModelConfig,
+        kernels: KernelSet,
+        *,
+        num_kv_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        dtype: str,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.kernels = kernels
+        self._num_kv_blocks = num_kv_blocks
+        self.rows = RequestRows(max_num_seqs, max_model_len, block_size)
+        self.sampler = Sampler(config.eos_token_ids)
+        self.key_caches, self.value_caches = kernels.allocate_cache(
+            config.num_hidden_layers,
+            num_kv_blocks,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype,
+        )
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks in the cache."""
+        return self._num_kv_blocks
+
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
+        """Carry out one step: move blocks, compute, sample."""
+        clock = _PartClock()
+        # 1 Requests come and go, tables grow, blocks are copied before anything writes to them.
+        self.rows.apply(batch)
+        if batch.block_copies:
+            mapping = np.array(batch.block_copies, np.int64)  # [pairs, 2]
+            self.kernels.copy_blocks(self.key_caches, self.value_caches, mapping)
+        if not batch.requests:
+            return StepOutput((), clock.seconds)
+        # 2 Flat arrays.
+        arrays = self.rows.build(batch)
+        clock.lap("prepare")
+        # 3 All layers, for all tokens.
+        hidden = self.model.forward(arrays, self.key_caches, self.value_caches)  # [T, H]
+        clock.lap("forward")
+        # 4 Logits of the rows that sample, and their tokens.
+        sampled = self._sample(batch, arrays, hidden, clock.lap)
+        outputs = []
+        for index, scheduled in enumerate(batch.requests):
+            params = self.rows[scheduled.request_id].sampling_params
+            prompt_logprobs = None
+            if params.prompt_logprobs is not None:
+                prompt_logprobs = self._prompt_logprobs(batch, index, arrays, hidden)
+            token = sampled.get(scheduled.request_id)
+            outputs.append(
+                RequestStepOutput(
+                    request_id=scheduled.request_id,
+                    token_ids=() if token is None else (token.token_id,),
+                    logprobs=None if token is None or token.logprobs is None else (token.logprobs,),
+                    prompt_logprobs=prompt_logprobs,
+                )
+            )
+            if token is not None:
+                self.rows.append_token(scheduled.request_id, token.token_id)
+        clock.lap("sample")
+        return StepOutput(tuple(outputs), clock.seconds)
+
+    def close(self) -> None:
+        """Drop the cache."""
+        del self.key_caches, self.value_caches
+
+    def _sample(
+        self,
+        batch: ScheduledBatch,
+        arrays: BatchArrays,
+        hidden: Array,
+        lap: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Tokens by request id, for the requests whose last position this step computed."""
+        ids = [scheduled.request_id for scheduled in batch.requests if scheduled.samples]
+        if not ids:
+            return {}
+        logits = np.asarray(self.model.logits(hidden[arrays.logits_rows]))  # [R, V]
+        lap("logits")
+        inputs = []
+        for request_id in ids:
+            state = self.rows[request_id]
+            prompt, output = self.rows.known_tokens(request_id)
+            inputs.append(
+                SamplingInput(
+                    state.sampling_params, state.seed, prompt, output, state.bad_words_token_ids
+                )
+            )
+        return dict(zip(ids, self.sampler.sample(logits, inputs), strict=True))
+
+    def _prompt_logprobs(
+        self, batch: ScheduledBatch, index: int, arrays: BatchArrays, hidden: Array
+    ) -> tuple[dict[int, Logprob], ...]:
+        """Log-probabilities of the prompt tokens that follow the positions of this step."""
+        scheduled = batch.requests[index]
+        state = self.rows[scheduled.request_id]
+        count = state.sampling_params.prompt_logprobs
+        prompt, _ = self.rows.known_tokens(scheduled.request_id)
+        first = int(arrays.query_start_loc[index])
+        # Position p predicts token p + 1, as long as that is still prompt.
+        positions = range(
+            scheduled.start, min(scheduled.start + scheduled.num_tokens, prompt.size - 1)
+        )
+        result = []
+        for begin in range(0, len(positions), PROMPT_LOGPROB_ROWS):
+            part = positions[begin : begin + PROMPT_LOGPROB_ROWS]
+            rows = np.arange(len(part)) + first + begin
+            logits = np.asarray(self.model.logits(hidden[rows]))  # [rows, V]
+            for row, position in enumerate(part):
+                result.append(top_logprobs(logits[row], int(prompt[position + 1]), count or 0))
+        return tuple(result)
+
+
+class _PartClock:
+    """Seconds by part of a step; reported, never decided on, so it needs no injected clock."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
