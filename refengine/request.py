@@ -46,6 +46,7 @@ class Request:
     stop_reason: int | str | None = None  # the stop token or text that ended it
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    arrival_index: int = 0  # how many requests came before it; the scheduler counts
 
     @property
     def num_prompt_tokens(self) -> int:
