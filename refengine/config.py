@@ -112,6 +112,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     seed: int = 0
     threads: int | None = None  # CPU threads; None: all that this process may use
+    enforce_eager: bool = False  # the readable decoder, kernel by kernel, not its compiled form
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""

@@ -1,0 +1,1 @@
+"""The command line: ``refengine info | generate | chat | bench | convert``."""
