@@ -362,6 +362,7 @@ class Scheduler:
                     request.num_prompt_tokens,
                     request.sampling_params,
                     request.seed,
+                    request.bad_words_token_ids,
                 )
             )
             plan.add(request, num_tokens, new_block_ids)
