@@ -258,4 +258,5 @@ def build_model(
 
 def _bar(items: Iterable[int], text: str, show: bool) -> Iterable[int]:
     """A progress bar on standard error that leaves nothing behind."""
-    return tqdm(items, desc=text, leave=False, disable=not show, unit="layer")
+    bar: Iterable[int] = tqdm(items, desc=text, leave=False, disable=not show, unit="layer")
+    return bar

@@ -63,8 +63,13 @@ def read_workload(path: str | Path) -> list[WorkItem]:
     for number, entry in enumerate(entries):
         ids = entry.get("prompt_token_ids") if isinstance(entry, dict) else None
         length = entry.get("output_len") if isinstance(entry, dict) else None
-        good_ids = isinstance(ids, list) and ids and all(type(i) is int for i in ids)
-        if not good_ids or type(length) is not int or length < 1:
+        if (
+            not isinstance(ids, list)
+            or not ids
+            or not all(type(i) is int for i in ids)
+            or type(length) is not int
+            or length < 1
+        ):
             raise RefengineError(f"{path} must hold {wanted}; entry {number} is {str(entry)[:80]}")
         items.append(WorkItem(tuple(ids), length))
     return items

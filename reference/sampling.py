@@ -151,7 +151,8 @@ def _nucleus(logits: Float32, top_p: float) -> npt.NDArray[np.intp]:
 
 def softmax_weights(logits: Float32) -> Float64:
     """``exp(logits - max)`` in float64, ``[vocab]``: probabilities before normalisation."""
-    return np.exp(logits - logits.max()).astype(np.float64)
+    weights: Float64 = np.exp(logits - logits.max()).astype(np.float64)
+    return weights
 
 
 def sample(logits: Float32, uniform: float) -> int:
@@ -170,4 +171,5 @@ def sample(logits: Float32, uniform: float) -> int:
 def log_softmax(logits: Float32) -> Float32:
     """Log-probabilities, ``[vocab]``."""
     shifted = logits - logits.max()
-    return shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    logprobs: Float32 = shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    return logprobs
