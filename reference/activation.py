@@ -1,0 +1,58 @@
+"""Gated activations (Shazeer 2020, arXiv 2002.05202) and the soft cap of logits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .bfloat16 import Array, narrow, widen
+from .validation import check_gated, check_soft_cap
+
+
+def silu_and_mul(x: Array, out: Array) -> None:
+    """``out = silu(x[:, :d]) * x[:, d:]``, where ``silu(a) = a / (1 + exp(-a))``.
+
+    Args:
+        x: ``[num_tokens, 2 * d]``: gate and what it gates, side by side, as one product gives them.
+        out: ``[num_tokens, d]``.
+
+    Raises:
+        ValueError: where a shape does not fit.
+    """
+    check_gated(x, out)
+    gate, up = np.split(widen(x), 2, axis=1)  # [num_tokens, d] each
+    with np.errstate(over="ignore"):  # exp of a large number is infinity, and a / infinity is 0
+        out[...] = narrow(gate / (np.float32(1) + np.exp(-gate)) * up, out.dtype)
+
+
+def gelu_tanh_and_mul(x: Array, out: Array) -> None:
+    """``out = gelu(x[:, :d]) * x[:, d:]``, gelu in its tanh form.
+
+    ``gelu(a) = a / 2 * (1 + tanh(sqrt(2 / pi) * (a + 0.044715 * a ** 3)))`` (Hendrycks and Gimpel
+    2016, arXiv 1606.08415, section 2).
+
+    Args:
+        x: ``[num_tokens, 2 * d]``.
+        out: ``[num_tokens, d]``.
+
+    Raises:
+        ValueError: where a shape does not fit.
+    """
+    check_gated(x, out)
+    gate, up = np.split(widen(x), 2, axis=1)  # [num_tokens, d] each
+    inside = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+    gelu = np.float32(0.5) * gate * (np.float32(1) + np.tanh(inside))
+    out[...] = narrow(gelu * up, out.dtype)
+
+
+def soft_cap(x: Array, cap: float) -> None:
+    """``x = cap * tanh(x / cap)``, in place: nearly x where it is small, never beyond the cap.
+
+    Args:
+        x: any shape.
+        cap: positive.
+
+    Raises:
+        ValueError: where cap is not positive.
+    """
+    check_soft_cap(x, cap)
+    x[...] = narrow(np.float32(cap) * np.tanh(widen(x) / np.float32(cap)), x.dtype)
