@@ -67,7 +67,6 @@ class IncrementalDetokenizer:
         self._min_tokens = min_tokens
         self._longest_stop = max((len(text) for text in self._stop), default=0)
         self._held = ""  # certain text that may be the beginning of a stop text
-        self._tail = ""  # the end of what was given out, where a stop text may have begun
         self._given: list[str] = []
         self.stop_reason: str | None = None
         self.num_tokens = 0
@@ -113,27 +112,27 @@ class IncrementalDetokenizer:
             return added
         if not added:
             return ""
-        # 1 A stop text counts where it ends within the added text.
         held = self._held + added
+        # 1 The stop text that is complete first counts, as if characters came one by one: then
+        #   it makes no difference how they were cut into tokens.
         if may_stop:
-            first = len(self._held) + 1
+            first_end = len(self._held) + 1
             found = [
-                (at, text)
+                (at + len(text), at)
                 for text in self._stop
-                if (at := held.find(text, max(0, first - len(text)))) >= 0
+                if (at := held.find(text, max(0, first_end - len(text)))) >= 0
             ]
             if found:
-                at, text = min(found, key=lambda match: (match[0], -len(match[1])))
-                self.stop_reason = text
+                end, at = min(found)
+                self.stop_reason = held[at:end]
                 self._held = ""
-                return held[: at + len(text)] if self._include_stop else held[:at]
+                return held[:end] if self._include_stop else held[:at]
         # 2 Hold back the longest end that some stop text begins with.
-        longest = min(len(held), self._longest_stop - 1)
         keep = next(
             (
                 size
-                for size in range(longest, 0, -1)
-                if any(text.startswith(held[-size:]) for text in self._stop)
+                for size in range(min(len(held), self._longest_stop - 1), 0, -1)
+                if any(size < len(text) and text.startswith(held[-size:]) for text in self._stop)
             ),
             0,
         )
@@ -172,10 +171,13 @@ class _WindowDecoder:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._byte_ids = tokenizer.byte_fallback_ids
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._context = len(self._window)  # tokens of the window whose text was given out
 
     def append(self, token_id: int) -> str:
+        if token_id in self._skipped or self._tokenizer.token(token_id) is None:
+            return ""  # no part of the text, and no end to a run of bytes
         self._window.append(token_id)
         if token_id in self._byte_ids:
             return ""
