@@ -60,6 +60,8 @@ def tokenizer_from_metadata(file: GGUFFile) -> Tokenizer:
         backend.normalizer = normalizers.NFC()
     # Special tokens are found in text before anything is split.
     types = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise ModelLoadError(f"{file.path} has {len(tokens)} tokens, but {len(types)} token types")
     for token, token_type in zip(tokens, types, strict=True):
         if token_type == _CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
