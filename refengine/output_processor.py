@@ -88,6 +88,9 @@ class RequestTracker:
         finished = request.is_finished
         if finished and self.detokenizer is not None and self.detokenizer.stop_reason is None:
             self._pending_text += self.detokenizer.finish()
+            if self.detokenizer.stop_reason is not None:  # completed by what was held back
+                request.finish_reason = "stop"
+                request.stop_reason = self.detokenizer.stop_reason
         if self.stream:
             start, text = self._shown_tokens, self._pending_text
             self._shown_tokens, self._pending_text = request.num_output_tokens, ""
