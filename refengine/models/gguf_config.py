@@ -14,7 +14,7 @@ from refengine.config import ModelConfig, RopeScaling
 from refengine.errors import ModelLoadError
 from refengine.models.gguf_file import GGUFFile
 
-# "llama" covers Mistral too: the file does not say which it was, and need not.
+# "llama" covers Mistral too, of which only windows tell.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -72,6 +72,9 @@ def config_from_metadata(file: GGUFFile) -> ModelConfig:
         per_head = hidden_size // num_heads if num_layers == _GEMMA3_27B_LAYERS else head_dim
         attention_scale = per_head**-0.5
     query = file.tensors.get("blk.0.attn_q.weight")
+    windows = _layer_windows(file, arch, num_layers)
+    if arch == "llama" and windows:
+        architecture = "MistralForCausalLM"
     return ModelConfig(
         architecture=architecture,
         vocab_size=embedding.shape[0],
@@ -91,7 +94,7 @@ def config_from_metadata(file: GGUFFile) -> ModelConfig:
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
         qk_norm=arch in ("qwen3", "gemma3"),
         hidden_act="gelu_pytorch_tanh" if gemma else "silu",
-        layer_windows=_layer_windows(file, arch, num_layers),
+        layer_windows=windows,
         attention_scale=attention_scale,
         embedding_multiplier=hidden_size**0.5 if gemma else 1.0,
         norm_weight_offset=1.0 if gemma else 0.0,

@@ -1,13 +1,14 @@
 """Make the expectations in this folder from Hugging Face transformers (float32, eager).
 
-    python tests/data/make_expectations.py [tiny] [smollm2]
+    python tests/data/make_expectations.py [tiny] [chat] [smollm2]
 
 Needs torch and transformers (``pip install -e '.[peers,test]'``); the tests do not. Writes
 
 - greedy_smollm2.json.gz: the default model, converted from its GGUF file: for each prompt its token
   ids, 64 greedy tokens and, at each of them, how far the two largest logits lay apart;
 - tiny_models.json: the same, 24 tokens, for the models of tests/tiny_models.py, and the logits of
-  the last prompt position.
+  the last prompt position;
+- chat_templates.json: the conversations of chat_cases.py through its templates, or the error.
 
 End-of-sequence tokens do not end a continuation.
 """
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -29,8 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from chat_cases import CONVERSATIONS, OPTIONS, TEMPLATES  # noqa: E402
 from smollm2_prompts import PROMPTS  # noqa: E402
-from tiny_models import TINY_MODELS, VOCAB_SIZE, write_tiny_model  # noqa: E402
+from tiny_models import TINY_MODELS, VOCAB_SIZE, write_tiny_model, write_tiny_tokenizer  # noqa: E402
 
 from refengine.models.convert import convert_gguf  # noqa: E402
 from refengine.models.default_model import resolve_model  # noqa: E402
@@ -115,6 +118,26 @@ def make_smollm2() -> None:
     write(HERE / "greedy_smollm2.json.gz", {"made_with": versions(), "prompts": results})
 
 
+def make_chat() -> None:
+    """Write chat_templates.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="</s>")
+    results = []
+    for template, source in TEMPLATES.items():
+        for conversation, messages in CONVERSATIONS.items():
+            for options, values in OPTIONS.items():
+                entry = {"template": template, "conversation": conversation, "options": options}
+                try:
+                    entry["text"] = tokenizer.apply_chat_template(
+                        messages, chat_template=source, tokenize=False, **values
+                    )
+                except jinja2.TemplateError as error:
+                    entry["error"] = str(error)
+                results.append(entry)
+    write(HERE / "chat_templates.json", {"made_with": versions(), "cases": results})
+
+
 def versions() -> dict[str, str]:
     """What made the data."""
     return {"transformers": transformers.__version__, "torch": torch.__version__}
@@ -128,8 +151,10 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or ["tiny", "smollm2"]
+    asked = sys.argv[1:] or ["tiny", "chat", "smollm2"]
     if "tiny" in asked:
         make_tiny()
+    if "chat" in asked:
+        make_chat()
     if "smollm2" in asked:
         make_smollm2()

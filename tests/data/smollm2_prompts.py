@@ -48,7 +48,7 @@ _ESSAY = " ".join(
     f"patient work: somebody measured, wrote it down, and was corrected by the next. In chapter "
     f"{number} we look at how {topic} changed daily life, why it was costly at first, and what "
     f"made it common."
-    for number, topic in enumerate(_TOPICS * 2, start=1)
+    for number, topic in enumerate(_TOPICS * 3, start=1)
 )
 
 _LOG = "\n".join(
@@ -122,7 +122,7 @@ PROMPTS: list[dict[str, Any]] = [
     },
     {"name": "raw with chat markers", "prompt": "<|im_start|>user\nName a colour.<|im_end|>\n"},
     {"name": "long table", "prompt": _TABLE},
-    {"name": "long essay", "prompt": _ESSAY[:6700]},
+    {"name": "long essay", "prompt": _ESSAY[:6800]},
     {
         "name": "long chat log",
         "messages": [
