@@ -157,12 +157,20 @@ class Engine:
         return self.scheduler.has_unfinished_requests()
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step and return what it gave to whom."""
+        """Compute one step and return what it gave to whom.
+
+        Whatever the runner raises comes through; the requests stay, and the next step computes
+        their tokens again.
+        """
         started = self.clock()
         # 1 Who computes how many tokens, and in which blocks.
         batch = self.scheduler.schedule()
         # 2 The tokens.
-        output = self.runner.execute(batch)
+        try:
+            output = self.runner.execute(batch)
+        except BaseException:  # a fault, or Ctrl-C: whoever goes on begins from a sound state
+            self.scheduler.discard(batch)
+            raise
         now = self.clock()
         # 3 Requests grow, and some end.
         self.scheduler.update(batch, output)

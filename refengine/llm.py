@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -69,7 +70,8 @@ class LLM:
         self.config = config
         self.loaded = build_engine(config, progress=progress)
         self.engine = self.loaded.engine
-        self._next_id = 0
+        self._num_requests = 0
+        self._outputs: dict[str, deque[RequestOutput]] = {}
 
     def generate(
         self,
@@ -96,38 +98,23 @@ class LLM:
         single = isinstance(prompts, (str, Mapping))
         prompt_list: list[Any] = [prompts] if single else list(prompts)
         params = _one_for_each(sampling_params, len(prompt_list))
-        ids: list[str] = []
+        ids = self._add(prompt_list, params, priority=priority)
         try:
-            for index, (prompt, own) in enumerate(zip(prompt_list, params, strict=True)):
-                request_id = self._new_id()
-                value = _prompt_value(prompt)
-                own_priority = priority[index] if priority else 0
-                self.engine.add_request(request_id, value, own, priority=own_priority)
-                ids.append(request_id)
             return self._run(ids, use_tqdm=use_tqdm)
-        except BaseException:
+        finally:
             # Whatever stopped it, an error or Ctrl-C, leaves no request behind.
-            for request_id in ids:
-                self.engine.abort_request(request_id)
-            raise
+            self._abort(ids)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Generate one answer and yield it piece by piece.
 
-        Each output holds what is new since the one before. Closing the iterator aborts the request.
+        Each output holds what is new since the one before. Closing the iterator aborts the request;
+        other calls may be made while it is open.
         """
-        request_id = self._new_id()
-        self.engine.add_request(request_id, _prompt_value(prompt), sampling_params, stream=True)
-        try:
-            finished = False
-            while not finished:
-                for output in self.engine.step():
-                    finished = output.finished
-                    yield output
-        finally:
-            self.engine.abort_request(request_id)
+        (request_id,) = self._add([prompt], [sampling_params or SamplingParams()], stream=True)
+        return self._pieces(request_id)
 
     def chat(
         self,
@@ -192,23 +179,73 @@ class LLM:
         """Release the model's memory."""
         self.engine.close()
 
-    def _new_id(self) -> str:
-        self._next_id += 1
-        return str(self._next_id)
+    def _add(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        priority: Sequence[int] | None = None,
+        stream: bool = False,
+    ) -> list[str]:
+        """Queue requests, all of them or none."""
+        ids: list[str] = []
+        try:
+            for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+                self._num_requests += 1
+                request_id = str(self._num_requests)
+                self.engine.add_request(
+                    request_id,
+                    _prompt_value(prompt),
+                    own,
+                    stream=stream,
+                    priority=priority[index] if priority else 0,
+                )
+                self._outputs[request_id] = deque()
+                ids.append(request_id)
+        except BaseException:
+            self._abort(ids)
+            raise
+        return ids
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        """Forget requests; those that ended have nothing left to free."""
+        for request_id in ids:
+            self.engine.abort_request(request_id)
+            self._outputs.pop(request_id, None)
+
+    def _step(self) -> None:
+        """Compute one step and hand each output to the call that waits for it."""
+        for output in self.engine.step():
+            self._outputs[output.request_id].append(output)
+
+    def _pieces(self, request_id: str) -> Iterator[RequestOutput]:
+        """A streamed request's outputs as they come."""
+        try:
+            finished = False
+            while not finished:
+                while not self._outputs[request_id]:
+                    self._step()
+                output = self._outputs[request_id].popleft()
+                finished = output.finished
+                yield output
+        finally:
+            self._abort([request_id])
 
     def _run(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
         """Step until every request has ended."""
-        done: dict[str, RequestOutput] = {}
+        waiting = set(ids)
         with tqdm(total=len(ids), desc="generating", unit="request", disable=not use_tqdm) as bar:
             tokens = 0
-            while len(done) < len(ids):
-                for output in self.engine.step():
-                    done[output.request_id] = output
-                    tokens += sum(len(answer.token_ids) for answer in output.outputs)
-                    bar.update()
-                    elapsed = bar.format_dict["elapsed"]
-                    bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):.1f} output tokens/s")
-        return [done[request_id] for request_id in ids]
+            while waiting:
+                self._step()
+                ended = [request_id for request_id in waiting if self._outputs[request_id]]
+                for request_id in ended:
+                    tokens += len(self._outputs[request_id][0].outputs[0].token_ids)
+                waiting.difference_update(ended)
+                bar.update(len(ended))
+                elapsed = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):.1f} output tokens/s", False)
+        return [self._outputs[request_id][0] for request_id in ids]
 
 
 def _one_for_each(

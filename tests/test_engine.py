@@ -256,6 +256,30 @@ def test_texts_need_a_tokenizer():
     assert not engine.has_unfinished_requests()
 
 
+def test_a_step_that_fails_can_be_tried_again():
+    engine, runner = make({"r": range(50), "s": range(50)})
+    for name in "rs":
+        engine.add_request(name, "xyz", SamplingParams(max_tokens=6))
+    execute, outputs, count = runner.execute, [], 0
+
+    def sometimes(batch):
+        nonlocal count
+        count += 1
+        if count in (1, 4, 5):
+            raise MemoryError("no room")
+        return execute(batch)
+
+    runner.execute = sometimes
+    while engine.has_unfinished_requests():
+        try:
+            outputs += engine.step()
+        except MemoryError:
+            assert engine.scheduler.num_running == 0
+        engine.scheduler.check_invariants()
+    assert [o.outputs[0].token_ids for o in outputs] == [(0, 1, 2, 3, 4, 5)] * 2
+    assert engine.scheduler.num_free_blocks == engine.scheduler.num_blocks
+
+
 def test_close_closes_the_runner():
     engine, runner = make({})
     engine.close()

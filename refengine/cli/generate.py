@@ -102,9 +102,10 @@ def _describe_logprobs(entry: Any) -> dict[str, Any]:
 
 def _stream(llm: Any, prompt: Any, params: SamplingParams) -> None:
     """Print one answer as it comes."""
+    pieces = llm.stream(prompt, params)
     if isinstance(prompt, str):
         click.echo(click.style(prompt, bold=True), nl=False)
-    for output in llm.stream(prompt, params):
+    for output in pieces:
         click.echo(output.outputs[0].text, nl=False)
         sys.stdout.flush()
     click.echo()

@@ -239,6 +239,18 @@ class Scheduler:
             self._running = [r for r in self._running if r.state is RequestState.RUNNING]
         return changed
 
+    def discard(self, batch: ScheduledBatch) -> None:
+        """Take back a step that the runner could not finish.
+
+        Nobody knows how much of it was done, so nothing that lies in blocks is trusted: every
+        running request is preempted and computes its tokens again.
+        """
+        if self._in_flight.pop(batch.step, None) is None:
+            return
+        for request in list(self._running):
+            self._preempt(request, "its step was not finished")
+        self._dropped[:0] = batch.dropped_request_ids
+
     def check_invariants(self) -> None:
         """Walk everything; a test calls this after every step.
 
