@@ -117,6 +117,43 @@ def check_range(name: str, array: Array, low: int, high: int) -> None:
         raise ValueError(f"{name}: got values {least}..{most}; wanted {low}..{high - 1}")
 
 
+def check_sequences(
+    num_tokens: int,
+    num_blocks: int,
+    block_size: int,
+    block_tables: Array,
+    seq_lens: Array,
+    query_start_loc: Array,
+    sliding_window: int | None,
+) -> None:
+    """In debug mode: what ``paged_attention`` would read exists (this waits for the device)."""
+    tables, starts = block_tables.tolist(), query_start_loc.tolist()
+    room = len(tables[0]) * block_size if tables else 0
+    if starts[0] != 0 or starts[-1] > num_tokens or starts != sorted(starts):
+        raise ValueError(
+            f"query_start_loc: got {starts}; wanted numbers that rise from 0 to at most "
+            f"{num_tokens}, query's tokens"
+        )
+    for i, (length, table) in enumerate(zip(seq_lens.tolist(), tables, strict=True)):
+        new = starts[i + 1] - starts[i]
+        if not 0 <= length <= room:
+            raise ValueError(
+                f"seq_lens[{i}]: got {length}; wanted 0 to {room}, what a row of block_tables holds"
+            )
+        if length and new > length:
+            raise ValueError(
+                f"query_start_loc: got {new} new tokens for sequence {i}; wanted at most its "
+                f"{length} tokens"
+            )
+        seen = max(0, length - new - sliding_window + 1) if sliding_window else 0
+        for column in range(seen // block_size, -(-length // block_size) if new else 0):
+            if not 0 <= table[column] < num_blocks:
+                raise ValueError(
+                    f"block_tables[{i}, {column}]: got {table[column]}; wanted a block of the "
+                    f"cache, 0 to {num_blocks - 1}"
+                )
+
+
 def is_wide(row_elements: int, itemsize: int, *steps_and_addresses: tuple[int, Any]) -> bool:
     """Whether rows can be moved 16 bytes at a time.
 

@@ -143,6 +143,15 @@ exp2 = _asm(F32, (F32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 reciprocal = _asm(F32, (F32,), "rcp.rn.f32 $0, $1;", "=f,f")
 sqrt = _asm(F32, (F32,), "sqrt.rn.f32 $0, $1;", "=f,f")
 fmax = _asm(F32, (F32, F32), "max.f32 $0, $1, $2;", "=f,f,f")
+# tanh(x) = 1 - 2 / (1 + exp(2 x)): tanh.approx errs by 5e-4, which a cap of 50 makes 0.025.
+tanh = _asm(
+    F32,
+    (F32,),
+    "{.reg .f32 t; mul.f32 t, $1, 0f4038AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
+    " rcp.approx.ftz.f32 t, t; fma.rn.f32 $0, t, 0fC0000000, 0f3F800000;}",
+    "=f,f",
+)
+mul = _asm(F32, (F32, F32), "mul.rn.f32 $0, $1, $2;", "=f,f,f")
 # Written out so that two kernels that must agree to the bit round in the same places.
 fma = _asm(F32, (F32, F32, F32), "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
 
@@ -226,6 +235,7 @@ load16_fresh = _with_address(
     f"=f,=f,=f,=f,l,{_MEMORY}",
 )
 load_fresh = _with_address(F32, (), "ld.global.cg.f32 $0, [$1];", f"=f,l,{_MEMORY}")
+store4 = _with_address(types.void, (U32,), "st.global.u32 [$0], $1;", f"l,r,{_MEMORY}")
 atomic_add = _with_address(
     U32, (U32,), "atom.global.acq_rel.gpu.add.u32 $0, [$1], $2;", f"=r,l,r,{_MEMORY}"
 )

@@ -112,6 +112,14 @@ def fmax(a: Any, b: Any) -> Any:
     return np.fmax(np.float32(a), np.float32(b))
 
 
+def tanh(x: Any) -> Any:
+    return np.tanh(np.float32(x))
+
+
+def mul(a: Any, b: Any) -> Any:
+    return np.float32(a) * np.float32(b)
+
+
 def fma(a: Any, b: Any, c: Any) -> Any:
     return np.float32(float(a) * float(b) + float(c))
 
@@ -138,6 +146,12 @@ def store16(pointer: np.ndarray, index: int, x0: int, x1: int, x2: int, x3: int)
     first = _checked(pointer, index, 16 // pointer.itemsize)
     words = np.array([x0, x1, x2, x3], np.uint32)
     pointer[first : first + 16 // pointer.itemsize] = words.view(pointer.dtype)
+
+
+def store4(pointer: np.ndarray, index: int, x: int) -> None:
+    count = 4 // pointer.itemsize
+    first = _checked(pointer, index, count)
+    pointer[first : first + count] = np.array([x], np.uint32).view(pointer.dtype)
 
 
 def load16_fresh(pointer: np.ndarray, index: int) -> tuple[Any, ...]:

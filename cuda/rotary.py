@@ -23,7 +23,8 @@ def rotary_embedding(positions: Array, query: Array, key: Array, cos_sin_cache: 
         positions: ``[num_tokens]`` int64.
         query: ``[num_tokens, num_q_heads, head_dim]``, written; tokens may be strided.
         key: ``[num_tokens, num_kv_heads, head_dim]``, written; tokens may be strided.
-        cos_sin_cache: ``[max_positions, head_dim]`` float32: cosines, then sines.
+        cos_sin_cache: ``[num_positions, rotary_dim]`` float32: cosines, then sines; elements of a
+            head past ``rotary_dim`` stay as they are.
 
     Raises:
         ValueError: on shapes, dtypes or layouts that do not fit.
@@ -32,13 +33,17 @@ def rotary_embedding(positions: Array, query: Array, key: Array, cos_sin_cache: 
     num_tokens, num_q_heads, head_dim = query.shape
     checks.check_array("key", key, (num_tokens, None, head_dim), strided_rows=True)
     checks.check_array("positions", positions, (num_tokens,), ("int64",))
-    checks.check_array("cos_sin_cache", cos_sin_cache, (None, head_dim), ("float32",))
-    if head_dim % 2:
-        raise ValueError(f"query: got head_dim {head_dim}; wanted an even one, to be paired")
+    checks.check_array("cos_sin_cache", cos_sin_cache, (None, None), ("float32",))
+    rotary_dim = cos_sin_cache.shape[1]
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(
+            f"cos_sin_cache: got {rotary_dim} columns; wanted an even number up to head_dim "
+            f"{head_dim}"
+        )
     checks.check_range("positions", positions, 0, cos_sin_cache.shape[0])
     dtype = checks.check_same_dtype(query=query, key=key)
     num_kv_heads = key.shape[1]
-    if num_tokens == 0:
+    if num_tokens == 0 or rotary_dim == 0:
         return
     narrow = elements(dtype, wide=False)
     query_at = launch.address(query, narrow.pointer)
@@ -46,10 +51,10 @@ def rotary_embedding(positions: Array, query: Array, key: Array, cos_sin_cache: 
     table_at = launch.address(cos_sin_cache, ptx.POINTER_F32)
     steps = checks.strides(query)[0], checks.strides(key)[0]
     wide = checks.is_wide(
-        head_dim // 2, narrow.itemsize, (steps[0], query_at), (steps[1], key_at)
-    ) and checks.is_wide(head_dim // 2, 4, (head_dim, table_at))
-    pieces = (num_q_heads + num_kv_heads) * (head_dim // 2 // elements(dtype, wide=wide).width)
-    _kernel(dtype, num_q_heads, num_kv_heads, head_dim, wide)(
+        rotary_dim // 2, narrow.itemsize, (steps[0], query_at), (steps[1], key_at), (head_dim, 0)
+    ) and checks.is_wide(rotary_dim // 2, 4, (rotary_dim, table_at))
+    pieces = (num_q_heads + num_kv_heads) * (rotary_dim // 2 // elements(dtype, wide=wide).width)
+    _kernel(dtype, num_q_heads, num_kv_heads, head_dim, rotary_dim, wide)(
         (num_tokens, -(-pieces // THREADS), 1),
         launch.address(positions, ptx.POINTER_I64),
         query_at,
@@ -65,7 +70,7 @@ def _kernel(dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, wide: bool) -> Kernel
     part = elements(dtype, wide=wide)
     load, store, WIDTH = part.load, part.store, part.width
     load_table = elements("float32", wide=wide).load
-    HALF = DIM // 2
+    HALF = ROTARY // 2
     PER_HEAD = HALF // WIDTH
     TABLE_WIDTH = 4 if wide else 1
     TABLE_LOADS = WIDTH // TABLE_WIDTH
@@ -94,7 +99,7 @@ def _kernel(dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, wide: bool) -> Kernel
         cosines = cuda.local.array(WIDTH, F32)
         sines = cuda.local.array(WIDTH, F32)
         if head < U32(NUM_Q + NUM_KV):
-            row = U64(positions[token]) * U64(DIM) + column
+            row = U64(positions[token]) * U64(ROTARY) + column
             for i in range(TABLE_LOADS):
                 load_table(table, row + U64(i * TABLE_WIDTH), cosines, i * TABLE_WIDTH)
                 load_table(table, row + U64(HALF + i * TABLE_WIDTH), sines, i * TABLE_WIDTH)

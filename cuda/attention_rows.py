@@ -1,0 +1,58 @@
+"""What every attention kernel asks first: whose token is this, and what does it see?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ptx
+from .ptx import I32, U32, U64
+
+NOTHING = -1e30  # the score of a token that may not be seen; its weight is exactly 0
+
+
+def sequence_of(query_start_loc: Any, num_seqs: Any, token: Any) -> Any:
+    """The sequence that flat token ``token`` belongs to; ``num_seqs`` if it is padding.
+
+    A batch of decodes has one token a sequence, so that guess is tried before bisection.
+    """
+    guess = U32(min(token, U32(num_seqs - U32(1))))
+    low, high = U32(0), num_seqs
+    if (
+        U32(query_start_loc[U64(guess)]) <= token
+        and U32(query_start_loc[U64(guess) + U64(1)]) > token
+    ):
+        low, high = guess, guess
+    while low < high:
+        middle = U32((low + high) // U32(2))
+        if U32(query_start_loc[U64(middle) + U64(1)]) > token:
+            high = middle
+        else:
+            low = U32(middle + U32(1))
+    return low
+
+
+find_sequence = ptx.device(sequence_of)
+
+
+def context_of(
+    query_start_loc: Any, seq_lens: Any, num_seqs: Any, token: Any, window: Any
+) -> tuple[Any, Any, Any, Any]:
+    """What a flat token sees: ``(sequence, its new tokens, first, end)``.
+
+    The token attends to its sequence's tokens ``first .. end - 1``, itself the last. ``end`` is 0
+    where there is nothing to see; ``sequence`` is ``num_seqs`` for padding. ``window`` 0 is none.
+    """
+    sequence = find_sequence(query_start_loc, num_seqs, token)
+    new_tokens, first, end = U32(0), U32(0), U32(0)
+    if sequence < num_seqs:
+        start = U32(query_start_loc[U64(sequence)])
+        new_tokens = U32(U32(query_start_loc[U64(sequence) + U64(1)]) - start)
+        length = U32(seq_lens[U64(sequence)])
+        if length > U32(0):
+            end = U32(length - new_tokens + (token - start) + U32(1))
+        if U32(window) > U32(0):
+            first = U32(max(I32(0), I32(end) - I32(window)))
+    return sequence, new_tokens, first, end
+
+
+find_context = ptx.device(context_of)

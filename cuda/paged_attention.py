@@ -1,0 +1,264 @@
+"""Causal attention over a paged cache; twin of ``reference.paged_attention``.
+
+One function for decode, prefill and mixed batches. It checks the arguments, picks rungs of the
+ladder by shape, and launches them. What is picked for a sequence depends on that sequence and the
+model's shape alone, never on the rest of the batch; so do the results, to the bit.
+
+| rung | file | for |
+|---|---|---|
+| plain | ``attention_plain`` | anything; to read |
+| vectors | ``attention_vectors`` | float32 |
+| decode | ``attention_decode`` | half precision, up to ``DECODE_TOKENS`` new tokens a sequence |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from . import (
+    attention_decode,
+    attention_plain,
+    attention_prefill,
+    attention_vectors,
+    checks,
+    launch,
+    ptx,
+)
+from .elements import elements
+
+Array = Any
+LOG2_E = math.log2(math.e)
+# Sequences with up to so many new tokens are computed token by token on the decode rung.
+DECODE_TOKENS = 4
+UNLIMITED = 1 << 30
+_partial_sums = launch.Scratch(ptx.POINTER_F32)
+_partial_stats = launch.Scratch(ptx.POINTER_F32)
+_tickets = launch.Scratch(ptx.POINTER_U32)
+
+
+class Problem(NamedTuple):
+    """The checked arguments of one call, as kernels take them."""
+
+    dtype: str
+    num_tokens: int
+    num_seqs: int
+    num_q_heads: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    num_blocks: int
+    block_size: int
+    max_context: int
+    capped: bool
+    wide: bool  # rows can be read 16 bytes at a time
+    arrays: tuple[Any, ...]  # query, key_cache, value_cache, block_tables, lens, starts, out
+    query_step: int
+    table_step: int
+    window: int  # 0 is none
+    scale: Any
+    cap: Any
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The scalars that follow the arrays in every rung."""
+        return self.query_step, self.table_step, self.window, self.scale, self.cap
+
+
+def paged_attention(
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    query_start_loc: Array,
+    scale: float,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    out: Array,
+) -> None:
+    """Attend from each sequence's newest tokens to all of its tokens, page by page.
+
+    Args:
+        query: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16; tokens may be
+            strided. Sequence s has rows ``query_start_loc[s] .. query_start_loc[s + 1] - 1``; rows
+            past the last sequence's are left alone.
+        key_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, of query's dtype.
+        value_cache: likewise.
+        block_tables: ``[num_seqs, max_blocks]`` int32; rows may be strided.
+        seq_lens: ``[num_seqs]`` int32: tokens in the cache, the new ones included.
+        query_start_loc: ``[num_seqs + 1]`` int32.
+        scale: multiplies query-key products.
+        sliding_window: a query at position p sees positions above ``p - sliding_window``; None for
+            all.
+        logits_soft_cap: scaled products become ``cap * tanh(x / cap)``; None leaves them.
+        out: ``[num_tokens, num_q_heads, head_dim]``, written.
+
+    Raises:
+        ValueError: on shapes, dtypes or layouts that do not fit.
+    """
+    arguments = (query, key_cache, value_cache, block_tables, seq_lens, query_start_loc)
+    problem = _problem(*arguments, scale, sliding_window, logits_soft_cap, out)
+    if problem.num_tokens == 0 or problem.num_seqs == 0:
+        return
+    if not problem.wide:
+        run_plain(problem)
+    elif problem.dtype == "float32":
+        run_vectors(problem)
+    elif problem.head_dim % 16:
+        run_decode(problem, UNLIMITED)
+    else:
+        # A decode batch has a token a sequence; then no sequence has many.
+        if problem.num_tokens > DECODE_TOKENS and problem.num_tokens != problem.num_seqs:
+            run_prefill(problem, DECODE_TOKENS)
+        run_decode(problem, DECODE_TOKENS)
+
+
+def _problem(
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    query_start_loc: Array,
+    scale: float,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    out: Array,
+) -> Problem:
+    # 1 Shapes and layouts.
+    checks.check_array("key_cache", key_cache, (None, None, None, None))
+    num_blocks, block_size, num_kv_heads, head_dim = key_cache.shape
+    checks.check_array("value_cache", value_cache, key_cache.shape)
+    checks.check_array("query", query, (None, None, head_dim), strided_rows=True)
+    num_tokens, num_q_heads, _ = query.shape
+    if num_kv_heads == 0 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"query: got {num_q_heads} heads; wanted a multiple of the cache's {num_kv_heads}"
+        )
+    checks.check_array("out", out, query.shape)
+    checks.check_array("seq_lens", seq_lens, (None,), ("int32",))
+    num_seqs = seq_lens.shape[0]
+    checks.check_array(
+        "block_tables", block_tables, (num_seqs, None), ("int32",), strided_rows=True
+    )
+    checks.check_array("query_start_loc", query_start_loc, (num_seqs + 1,), ("int32",))
+    dtype = checks.check_same_dtype(
+        query=query, key_cache=key_cache, value_cache=value_cache, out=out
+    )
+    # 2 Options.
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: got {sliding_window}; wanted at least 1, or None")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap: got {logits_soft_cap}; wanted above 0, or None")
+    if checks.DEBUG:
+        checks.check_sequences(
+            num_tokens, num_blocks, block_size, block_tables, seq_lens, query_start_loc,
+            sliding_window,
+        )  # fmt: skip
+    # 3 As kernels take them. Softmax is computed in powers of two; a cap's division joins scale.
+    narrow = elements(dtype, wide=False)
+    query_step = checks.strides(query)[0]
+    half = (query, key_cache, value_cache)
+    addresses = [launch.address(array, narrow.pointer) for array in (*half, out)]
+    wide = checks.is_wide(
+        head_dim, narrow.itemsize, (query_step, addresses[0]),
+        *((head_dim, address) for address in addresses[1:]),
+    )  # fmt: skip
+    integers = (block_tables, seq_lens, query_start_loc)
+    capped = logits_soft_cap is not None
+    return Problem(
+        dtype=dtype,
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        group=num_q_heads // num_kv_heads,
+        head_dim=head_dim,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_context=block_tables.shape[1] * block_size,
+        capped=capped,
+        wide=wide and head_dim <= 256,
+        arrays=(
+            *addresses[:3],
+            *(launch.address(array, ptx.POINTER_I32) for array in integers),
+            addresses[3],
+        ),
+        query_step=query_step,
+        table_step=checks.strides(block_tables)[0],
+        window=sliding_window or 0,
+        scale=launch.bits(scale / logits_soft_cap if logits_soft_cap else scale * LOG2_E),
+        cap=launch.bits(logits_soft_cap * LOG2_E if logits_soft_cap else 1.0),
+    )
+
+
+def run_plain(problem: Problem) -> None:
+    """Rung 1, for any shape."""
+    p = problem
+    kernel = attention_plain.plain_kernel(
+        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.capped
+    )
+    for first in range(0, p.num_tokens, 65535):
+        if first == 0:
+            kernel((p.num_q_heads, min(p.num_tokens, 65535), 1), *p.arrays, p.num_seqs, *p.numbers)
+
+
+def run_vectors(problem: Problem, *, split: bool | None = None) -> None:
+    """Rungs 3 and 4; ``split`` says which, None lets the table's width decide."""
+    p = problem
+    kernel = attention_vectors.vector_kernel(
+        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.capped
+    )
+    tiles = p.num_kv_heads * -(-p.group // attention_vectors.HEADS)
+    num_splits = -(-p.max_context // attention_vectors.SPLIT) if split in (None, True) else 1
+    sums, stats = 0, 0
+    if num_splits > 1:
+        rows = p.num_tokens * p.num_q_heads * num_splits
+        sums, stats = _partial_sums.get(rows * p.head_dim), _partial_stats.get(2 * rows)
+    elif ptx.SIMULATED:
+        sums, stats = _partial_sums.get(1), _partial_stats.get(1)
+    grid = (num_splits, tiles, p.num_tokens)
+    kernel(grid, *p.arrays, sums, stats, p.num_seqs, *p.numbers, num_splits)
+    if num_splits > 1:
+        merge = attention_vectors.merge_kernel(p.dtype, p.num_q_heads, p.head_dim)
+        _, _, _, _, lens, starts, out = p.arrays
+        grid = (p.num_q_heads, p.num_tokens, 1)
+        merge(grid, sums, stats, lens, starts, out, p.num_seqs, p.window, num_splits)
+
+
+def run_decode(problem: Problem, max_new_tokens: int, *, parts: int | None = None) -> None:
+    """The decode rung, for sequences of up to ``max_new_tokens`` new tokens.
+
+    ``parts`` is how many blocks may share a sequence; it does not change the result.
+    """
+    p = problem
+    kernel = attention_decode.decode_kernel(
+        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.window > 0, p.capped
+    )
+    tiles = p.num_kv_heads * -(-p.group // attention_decode.HEADS)
+    if parts is None:
+        parts = attention_decode.num_parts(p.num_tokens * tiles, p.max_context)
+    slots = p.num_tokens * tiles if parts > 1 else 1
+    partial = slots * attention_decode.MAX_SPLITS * attention_decode.HEADS
+    kernel(
+        (parts, tiles, p.num_tokens),
+        *p.arrays,
+        _partial_sums.get(partial * p.head_dim),
+        _partial_stats.get(2 * partial),
+        _tickets.get(slots),
+        p.num_seqs,
+        max_new_tokens,
+        *p.numbers,
+    )
+
+
+def run_prefill(problem: Problem, max_decode_tokens: int) -> None:
+    """The mma.sync prefill rung, for sequences of more than ``max_decode_tokens`` new tokens."""
+    p = problem
+    kernel = attention_prefill.prefill_kernel(
+        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.window > 0, p.capped
+    )
+    rows = attention_prefill.rows_of_tile(p.head_dim)
+    grid = (p.num_q_heads, p.num_tokens // rows + p.num_seqs, 1)
+    kernel(grid, *p.arrays, p.num_seqs, max_decode_tokens, *p.numbers)
