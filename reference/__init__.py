@@ -9,7 +9,7 @@ from __future__ import annotations
 from .activation import gelu_tanh_and_mul, silu_and_mul, soft_cap
 from .blocks import copy_blocks, swap_blocks
 from .linear import allocate_weights, embedding, linear, store_vector, store_weight
-from .memory import allocate_cache, empty
+from .memory import allocate_cache, allocate_host_cache, empty
 from .merge_partial_attention import merge_partial_attention
 from .paged_attention import paged_attention
 from .rms_norm import fused_add_rms_norm, rms_norm
@@ -20,6 +20,7 @@ name = "reference"
 
 __all__ = [
     "allocate_cache",
+    "allocate_host_cache",
     "allocate_weights",
     "build_cos_sin_cache",
     "copy_blocks",

@@ -38,3 +38,18 @@ def allocate_cache(
     """
     shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
     return np.zeros(shape, storage_dtype(dtype)), np.zeros(shape, storage_dtype(dtype))
+
+
+def allocate_host_cache(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> tuple[Array, Array]:
+    """Caches to swap blocks to; where the cache itself is in host memory, just more of it.
+
+    Arguments, result and errors are those of ``allocate_cache``.
+    """
+    return allocate_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)

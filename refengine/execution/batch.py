@@ -111,9 +111,11 @@ class RequestRows:
         for scheduled in batch.requests:
             if scheduled.new_block_ids:
                 state = self.by_id[scheduled.request_id]
-                end = state.num_blocks + len(scheduled.new_block_ids)
-                self.block_tables[state.row, state.num_blocks : end] = scheduled.new_block_ids
-                state.num_blocks = end
+                start = scheduled.new_blocks_start  # a copy-on-write replaces the table's end
+                start = state.num_blocks if start is None else start
+                end = start + len(scheduled.new_block_ids)
+                self.block_tables[state.row, start:end] = scheduled.new_block_ids
+                state.num_blocks = max(state.num_blocks, end)
 
     def build(self, batch: ScheduledBatch) -> BatchArrays:
         """Gather the arrays of a step, after ``apply``."""

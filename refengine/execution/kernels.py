@@ -30,6 +30,17 @@ class KernelSet(Protocol):
     ) -> tuple[Array, Array]:
         """Zeroed ``[num_layers, num_blocks, block_size, num_kv_heads, head_dim]``, twice."""
 
+    def allocate_host_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str,
+    ) -> tuple[Array, Array]:
+        """The same in host memory, for blocks of preempted requests (pinned, beside a GPU)."""
+
     def allocate_weights(self, count: int, out_features: int, in_features: int, dtype: str) -> Any:
         """Room for ``count`` matrices in the layout that ``linear`` multiplies fastest.
 

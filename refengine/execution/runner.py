@@ -54,6 +54,7 @@ class ModelRunner:
         max_num_seqs: requests in one step at most.
         max_model_len: tokens a request may have.
         dtype: what the cache holds.
+        num_host_blocks: blocks of host memory that preempted requests may be swapped to.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         dtype: str,
+        num_host_blocks: int = 0,
     ) -> None:
         self.model = model
         self.config = config
@@ -74,14 +76,12 @@ class ModelRunner:
         self._num_kv_blocks = num_kv_blocks
         self.rows = RequestRows(max_num_seqs, max_model_len, block_size)
         self.sampler = Sampler(config.eos_token_ids)
+        shape = (block_size, config.num_key_value_heads, config.head_dim)
+        layers = config.num_hidden_layers
         self.key_caches, self.value_caches = kernels.allocate_cache(
-            config.num_hidden_layers,
-            num_kv_blocks,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype,
+            layers, num_kv_blocks, *shape, dtype
         )
+        self.host_caches = kernels.allocate_host_cache(layers, num_host_blocks, *shape, dtype)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -93,9 +93,7 @@ class ModelRunner:
         clock = _PartClock()
         # 1 Requests come and go, tables grow, blocks are copied before anything writes to them.
         self.rows.apply(batch)
-        if batch.block_copies:
-            mapping = np.array(batch.block_copies, np.int64)  # [pairs, 2]
-            self.kernels.copy_blocks(self.key_caches, self.value_caches, mapping)
+        self._move_blocks(batch)
         if not batch.requests:
             return StepOutput((), clock.seconds)
         # 2 Flat arrays.
@@ -128,7 +126,21 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop the cache."""
-        del self.key_caches, self.value_caches
+        del self.key_caches, self.value_caches, self.host_caches
+
+    def _move_blocks(self, batch: ScheduledBatch) -> None:
+        """Swap out, swap in, copy, in this order: a block may be vacated and filled in one step."""
+        device = (self.key_caches, self.value_caches)
+        for moves, source, destination in (
+            (batch.swap_out, device, self.host_caches),
+            (batch.swap_in, self.host_caches, device),
+        ):
+            if moves:
+                mapping = np.array(moves, np.int64)  # [pairs, 2]
+                self.kernels.swap_blocks(*source, *destination, mapping)
+        if batch.block_copies:
+            mapping = np.array(batch.block_copies, np.int64)  # [pairs, 2]
+            self.kernels.copy_blocks(*device, mapping)
 
     def _sample(
         self,
