@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.ccallback import CFunc
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +28,7 @@ _IMPORT = re.compile(
 # function is inlined, and the same row would give other bits alone than in a batch. Sums are
 # vectorised by hand instead (simd.py).
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+_CALLBACK_OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
 
 
 def inner(function: F) -> F:
@@ -39,18 +41,43 @@ def parallel(function: F) -> F:
     return _compile(function, parallel=True, **_OPTIONS)
 
 
+def compiled_address(function: Callable[..., Any], signature: Any) -> int:
+    """Compile a function of pointers and integers; return the address of its code.
+
+    A call through an address keeps a large function out of its callers: LLVM would optimise what is
+    linked in once more in each of them.
+    """
+    callback = CFunc(function, (signature.args, signature.return_type), {}, dict(_CALLBACK_OPTIONS))
+    try:
+        callback.enable_caching()
+        _use_stamp(callback, function)
+    except RuntimeError:
+        pass
+    callback.compile()
+    _CALLBACKS.append(callback)
+    return cast(int, callback.address)
+
+
+_CALLBACKS: list[CFunc] = []  # compiled code lives as long as its CFunc
+
+
 def _compile(function: F, **options: Any) -> F:
     try:
         dispatcher = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
-    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(cache_file, "_source_stamp"):
-        cache_file._source_stamp = _stamp(Path(function.__code__.co_filename))
+    _use_stamp(dispatcher, function)
     return dispatcher  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=None)
+def _use_stamp(compiled: Any, function: Callable[..., Any]) -> None:
+    """Let the disk cache look at all the files that a function is made from."""
+    cache_file: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if hasattr(cache_file, "_source_stamp"):
+        cache_file._source_stamp = _stamp(Path(function.__code__.co_filename))
+
+
+@cache
 def _stamp(path: Path) -> str:
     """A hash of a file's text and of the files of this folder that it imports, directly or not."""
     seen: set[Path] = set()
