@@ -13,12 +13,15 @@ part with the exact weight zero; slots that no row may see are never read.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
+from numba import carray, types
 
 from refengine.cpu.attention_products import add_values, score_rows
-from refengine.cpu.jit import inner
+from refengine.cpu.jit import compiled_address, inner
 from refengine.cpu.simd import (
     LANES,
     first_lane,
@@ -36,6 +39,7 @@ TILE_ROWS = 48  # rows that a tile of queries aims at
 # Up to this many rows, keys and values are read where they lie; more rows share a widened copy.
 _DIRECT_ROWS = 8
 _NO_SCORE = np.float32(-np.inf)
+_UNBOUNDED = (2**40,)  # pointers do not know where their array ends
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -54,7 +58,24 @@ def scratch_size(group: int, head_dim: int) -> int:
     return rows * (2 * padded + TILE_KEYS) + 2 * TILE_KEYS * padded + small
 
 
-@inner
+@cache
+def attend_address(cache_dtype: np.dtype[Any]) -> int:
+    """The address of ``attend`` for a float32 cache, or a bfloat16 one (uint16).
+
+    Compiled functions call it by ``calls.call_address(address, ...)``.
+    """
+    f32, i32, i64 = types.float32, types.int32, types.int64
+    floats, kept = types.CPointer(f32), types.CPointer(numba.from_dtype(cache_dtype))
+    signature = types.void(
+        floats, i64, i64, i64, i64, i64,
+        kept, kept, i64, i64, i64,
+        types.CPointer(i32), i64, i64,
+        f32, i64, f32,
+        floats, i64, i64, floats, i64, types.CPointer(i64),
+    )  # fmt: skip
+    return compiled_address(attend, signature)
+
+
 def attend(
     query: Any, query_start: int, query_stride: int, group: int, num_tokens: int, position: int,
     key_cache: Any, value_cache: Any, num_kv_heads: int, head_dim: int, kv_head: int,
@@ -64,7 +85,7 @@ def attend(
 ) -> None:  # fmt: skip
     """Attend from ``num_tokens`` neighbouring tokens with the ``group`` heads of one KV head.
 
-    All arrays are flat (``simd_memory.flat``); starts and strides count elements.
+    Arrays come as pointers; starts and strides count elements.
 
     Args:
         query: float32. Token t's head g lies at ``query_start + t * query_stride + g * head_dim``.
@@ -93,6 +114,10 @@ def attend(
         scratch_start: element offset.
         offsets: int64 ``[TILE_KEYS]``, for this thread alone.
     """
+    query, out = carray(query, _UNBOUNDED), carray(out, _UNBOUNDED)
+    key_cache, value_cache = carray(key_cache, _UNBOUNDED), carray(value_cache, _UNBOUNDED)
+    block_tables = carray(block_tables, _UNBOUNDED)
+    scratch, offsets = carray(scratch, _UNBOUNDED), carray(offsets, _UNBOUNDED)
     # 1 Lay out the scratch, and the queries in it: scaled, and padded to whole lanes.
     rows = num_tokens * group
     padded = (head_dim + LANES - 1) // LANES * LANES
@@ -112,6 +137,7 @@ def attend(
         scratch[maxima + row] = _NO_SCORE
         scratch[totals + row] = _ZERO
     # 2 Walk over the tiles of keys that some row may see.
+    no_shift, shift = np.int64(0), TILE_KEYS * padded
     direct = rows <= _DIRECT_ROWS and padded == head_dim
     key_first = max(0, position - window + 1)
     key_stop = position + num_tokens
@@ -124,12 +150,11 @@ def attend(
         if direct:
             _attend_tile(
                 scratch, queries, sums, scores, maxima, totals, scales, rows, padded, group,
-                position, window, soft_cap, key_cache, value_cache, offsets, 0, tile, first, stop,
+                position, window, soft_cap, key_cache, value_cache, offsets, no_shift, tile, first, stop,
             )  # fmt: skip
         else:
             _copy_keys(key_cache, value_cache, head_dim, padded, tile, first, stop, offsets,
                        scratch, copies)  # fmt: skip
-            shift = TILE_KEYS * padded
             _attend_tile(
                 scratch, queries, sums, scores, maxima, totals, scales, rows, padded, group,
                 position, window, soft_cap, scratch, scratch, offsets, shift, tile, first, stop,
@@ -158,7 +183,7 @@ def _locate_keys(
     head = kv_head * head_dim
     index, offset = first // block_size, first % block_size
     slot = np.int64(block_tables[table_start + index]) * block_size + offset
-    for k in range(0, first - tile):
+    for k in range(first - tile):
         offsets[k] = slot * token_stride + head
     for k in range(first - tile, stop - tile):
         offsets[k] = slot * token_stride + head

@@ -129,8 +129,7 @@ def outer_fma(typing_context: Any, grid: Any, rows: Any, columns: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         grid, rows, columns = (
-            _items(builder, kind, value)
-            for kind, value in zip(signature.args, args, strict=True)
+            _items(builder, kind, value) for kind, value in zip(signature.args, args, strict=True)
         )
         pairs = [(row, column) for row in rows for column in columns]
         values = [
@@ -191,12 +190,13 @@ def _emit_four_sums(builder: Any, values: list[Any]) -> Any:
     halves = (lanes[0] + lanes[1] + lanes[4] + lanes[5], lanes[2] + lanes[3] + lanes[6] + lanes[7])
     ab, cd = fold(a, b, *halves), fold(c, d, *halves)
     # 2 i meets i + 4: a quarter each for a, b, c, d.
-    quarters = (lanes[0] + lanes[2] + lanes[4] + lanes[6], lanes[1] + lanes[3] + lanes[5] + lanes[7])
+    quarters = (
+        lanes[0] + lanes[2] + lanes[4] + lanes[6],
+        lanes[1] + lanes[3] + lanes[5] + lanes[7],
+    )
     abcd = fold(ab, cd, *quarters)
     # 3 i meets i + 2, then i + 1, inside each quarter.
     for distance in (2, 1):
         swapped = emit_shuffle(builder, abcd, abcd, [i ^ distance for i in range(LANES)])
         abcd = builder.fadd(abcd, swapped)
     return emit_shuffle(builder, abcd, abcd, [0, 4, 8, 12])
-
-

@@ -48,7 +48,7 @@ def _expm1_of_remainder(x: Any, n: Any) -> Any:
 
 @inner
 def exp(x: Any) -> Any:
-    """``e ** x``; 0 below -87, infinity above 88, exp(0) exactly 1."""
+    """The exponential: 0 below -87, infinity above 88, exactly 1 at 0."""
     smallest, largest = splat(_SMALLEST), splat(_LARGEST)
     clamped = select_less(x, smallest, smallest, x)
     clamped = select_less(largest, clamped, largest, clamped)
@@ -60,7 +60,7 @@ def exp(x: Any) -> Any:
 
 @inner
 def tanh(x: Any) -> Any:
-    """``(e - 1) / (e + 1)`` of ``e = exp(2 |x|)``, without losing small ``x`` to the subtraction."""
+    """From ``e = exp(2 |x|) - 1``, computed without subtracting, as ``e / (e + 2)``."""
     size = keep_sign(x, splat(_ONE)) * x  # |x|
     size = select_less(splat(_TANH_IS_ONE), size, splat(_TANH_IS_ONE), size)
     twice = size + size

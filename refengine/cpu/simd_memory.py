@@ -30,7 +30,9 @@ _I8 = ir.IntType(8)
 _VEC_I16 = ir.VectorType(ir.IntType(16), LANES)
 
 
-def emit_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, to: Any) -> Any:
+def emit_pointer(
+    context: Any, builder: Any, array_type: Any, array: Any, index: Any, to: Any
+) -> Any:
     """The address of element ``index``, as a pointer to ``to``."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
