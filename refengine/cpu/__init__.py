@@ -9,7 +9,7 @@ from __future__ import annotations
 from refengine.cpu.activation import gelu_tanh_and_mul, silu_and_mul, soft_cap
 from refengine.cpu.blocks import copy_blocks, swap_blocks
 from refengine.cpu.linear import linear
-from refengine.cpu.memory import allocate_cache, empty
+from refengine.cpu.memory import allocate_cache, allocate_host_cache, empty
 from refengine.cpu.merge_partial_attention import merge_partial_attention
 from refengine.cpu.packing import allocate_weights, embedding, store_vector, store_weight
 from refengine.cpu.paged_attention import paged_attention
@@ -22,6 +22,7 @@ name = "cpu"
 
 __all__ = [
     "allocate_cache",
+    "allocate_host_cache",
     "allocate_weights",
     "build_cos_sin_cache",
     "copy_blocks",

@@ -42,3 +42,18 @@ def allocate_cache(
         raise ValueError(f"dtype must be one of {', '.join(dtypes)} on the CPU, got {dtype!r}")
     shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
     return aligned_zeros(shape, dtypes[dtype]), aligned_zeros(shape, dtypes[dtype])
+
+
+def allocate_host_cache(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> tuple[Array, Array]:
+    """Caches to swap blocks to: on a CPU, just more of the same memory.
+
+    Arguments, result and errors are those of ``allocate_cache``.
+    """
+    return allocate_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
