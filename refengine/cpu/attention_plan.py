@@ -1,4 +1,4 @@
-"""Cutting a batch into tiles of query tokens that threads take one after another."""
+"""Cutting a batch into items of work that threads take one after another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cpu.attention_tile import tile_tokens
+from refengine.cpu.attention_tile import NARROW_ROWS, tile_tokens
 from refengine.cpu.jit import inner
 
 UNLIMITED = 2**62  # a window that no sequence is as long as
@@ -39,34 +39,40 @@ def sequences_fit(
 
 
 @inner
-def most_tiles(query_start_loc: Any, group: int) -> int:
-    """Tiles that a batch has at most: rows that ``plan_tiles`` may fill."""
+def most_items(query_start_loc: Any, group: int, num_kv_heads: int) -> int:
+    """Items that a batch has at most: rows that ``plan_items`` may fill."""
     num_seqs = query_start_loc.shape[0] - 1
-    return num_seqs + query_start_loc[num_seqs] // tile_tokens(group)
+    return (num_seqs + query_start_loc[num_seqs] // tile_tokens(group)) * num_kv_heads
 
 
 @inner
-def plan_tiles(
-    seq_lens: Any, query_start_loc: Any, group: int, window: int, tiles: Any
-) -> tuple[int, int]:
-    """List the tiles of a batch, most work first, so that the last ones to finish are short.
+def plan_items(
+    seq_lens: Any, query_start_loc: Any, group: int, num_kv_heads: int, window: int, workers: int,
+    items: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """List the calls of ``attend`` that a batch needs, those with most work first.
+
+    Threads that take them in this order finish together: what is left for the end is short.
 
     Args:
         seq_lens: ``[num_seqs]`` int32.
         query_start_loc: ``[num_seqs + 1]`` int32.
         group: query heads a KV head.
+        num_kv_heads: of the cache.
         window: tokens a query sees, or ``UNLIMITED``.
-        tiles: ``[most_tiles(...), 4]`` int64; receives sequence, first token (in the batch),
-            number of tokens, and the first token's position in its sequence.
+        workers: threads; results do not depend on it.
+        items: ``[most_items(...), 6]`` int64; receives sequence, first token (in the batch),
+            number of tokens, the first token's position in its sequence, first KV head, and number
+            of KV heads.
 
     Returns:
-        How many tiles there are, and query-key pairs in all of them, roughly.
+        How many items there are, and how many products of a query and a key, roughly.
     """
     step = tile_tokens(group)
     places = np.zeros(_COST_CLASSES, np.int64)
     total = 0
-    all_work = 0
-    # Tiles are sorted by their work's power of two: counted in a first pass, placed in a second.
+    products = 0
+    # Items are sorted by their work's power of two: counted in a first pass, placed in a second.
     for place in range(2):
         if place:
             for c in range(_COST_CLASSES - 1, -1, -1):
@@ -78,14 +84,18 @@ def plan_tiles(
             for token in range(begin, end, step):
                 count = min(step, end - token)
                 position = seq_lens[seq] - (end - token)
-                work = count * min(position + count, window + count)
+                # Few sequences: their heads are shared out, so that no thread is idle.
+                together = count * group <= NARROW_ROWS and seq_lens.shape[0] >= 2 * workers
+                heads = num_kv_heads if together else 1
+                work = heads * group * count * min(position + count, window + count)
                 cost = 0
                 while work >> cost > 1:
                     cost += 1
-                if place:
-                    at = places[cost]
-                    tiles[at, 0], tiles[at, 1] = seq, token
-                    tiles[at, 2], tiles[at, 3] = count, position
-                    all_work += work
-                places[cost] += 1
-    return total, all_work
+                for kv_head in range(0, num_kv_heads, heads):
+                    if place:
+                        at = places[cost]
+                        items[at, 0], items[at, 1], items[at, 2] = seq, token, count
+                        items[at, 3], items[at, 4], items[at, 5] = position, kv_head, heads
+                        products += work
+                    places[cost] += 1
+    return total, products

@@ -1,7 +1,7 @@
 """Causal attention over a paged KV cache; twin of reference/paged_attention.py.
 
-The work on one tile is in attention_tile.py, the order of tiles in attention_plan.py; here threads
-take tiles from a queue, one (tile, key-value head) at a time.
+The work on one tile of query tokens is in attention_tile.py, the cutting of a batch into items in
+attention_plan.py; here threads take items from a queue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from refengine.cpu.arrays import FLOAT32, Array, aligned_empty
-from refengine.cpu.attention_plan import UNLIMITED, most_tiles, plan_tiles, sequences_fit
+from refengine.cpu.attention_plan import UNLIMITED, most_items, plan_items, sequences_fit
 from refengine.cpu.attention_tile import TILE_KEYS, attend_address, scratch_size
 from refengine.cpu.calls import call_address
 from refengine.cpu.jit import inner, parallel
@@ -21,8 +21,8 @@ from refengine.cpu.simd_memory import fetch_add, flat
 from refengine.cpu.write_kv import cache_bits
 from refengine.reference.validation import check_paged_attention, check_sequences
 
-# Fewer query-key pairs (of one head each) than this are done before other threads wake up.
-_SERIAL_PAIRS = 1 << 11
+# Fewer products of a query and a key than this are done before other threads have woken up.
+_SERIAL_PRODUCTS = 1 << 10
 _scratch = threading.local()
 
 
@@ -75,7 +75,8 @@ def paged_attention(
     _check_heads("query", query)
     _check_heads("out", out)
     group, head_dim = query.shape[1] // key_cache.shape[2], query.shape[2]
-    scratch, offsets = _thread_scratch(numba.get_num_threads(), group, head_dim)
+    threads = numba.get_num_threads()
+    scratch, offsets = _thread_scratch(threads, group, key_cache.shape[2], head_dim)
     fits = _attend_batch(
         attend_address(keys.dtype),
         query,
@@ -90,6 +91,7 @@ def paged_attention(
         out,
         scratch,
         offsets,
+        threads,
     )
     if not fits:
         check_sequences(query, key_cache, block_tables, seq_lens, query_start_loc, sliding_window)
@@ -105,12 +107,15 @@ def _check_heads(name: str, array: Array) -> None:
         )
 
 
-def _thread_scratch(threads: int, group: int, head_dim: int) -> tuple[Array, Array]:
+def _thread_scratch(
+    threads: int, group: int, num_kv_heads: int, head_dim: int
+) -> tuple[Array, Array]:
     """Scratch for every thread, kept for the next call from the same Python thread."""
-    size = scratch_size(group, head_dim)
+    size = scratch_size(group, num_kv_heads, head_dim)
     kept: tuple[Array, Array] | None = getattr(_scratch, "arrays", None)
     if kept is None or kept[0].shape[0] < threads or kept[0].shape[1] < size:
-        kept = aligned_empty((threads, size), np.float32), np.empty((threads, TILE_KEYS), np.int64)
+        offsets = np.empty((threads, 3 * TILE_KEYS), np.int64)
+        kept = aligned_empty((threads, size), np.float32), offsets
         _scratch.arrays = kept
     return kept
 
@@ -119,7 +124,7 @@ def _thread_scratch(threads: int, group: int, head_dim: int) -> tuple[Array, Arr
 def _attend_batch(
     attend: int, query: Any, key_cache: Any, value_cache: Any, block_tables: Any, seq_lens: Any,
     query_start_loc: Any, scale: Any, window: int, soft_cap: Any, out: Any, scratch: Any,
-    offsets: Any,
+    offsets: Any, threads: int,
 ) -> bool:  # fmt: skip
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     group = query.shape[1] // num_kv_heads
@@ -132,20 +137,21 @@ def _attend_batch(
         if seq_lens[seq] == 0:
             out[query_start_loc[seq] : query_start_loc[seq + 1]] = np.float32(0.0)
     # 2 Plan, and let the threads work through the queue.
-    tiles = np.empty((most_tiles(query_start_loc, group), 4), np.int64)
-    num_tiles, pairs = plan_tiles(seq_lens, query_start_loc, group, window, tiles)
+    items = np.empty((most_items(query_start_loc, group, num_kv_heads), 6), np.int64)
+    num_items, products = plan_items(
+        seq_lens, query_start_loc, group, num_kv_heads, window, threads, items
+    )
     queue = np.zeros(1, np.int64)
-    workers = 1 if pairs < _SERIAL_PAIRS else numba.get_num_threads()
-    if workers == 1:
+    if threads == 1 or products < _SERIAL_PRODUCTS:
         _work_through(
             attend, query, key_cache, value_cache, block_tables, scale, window, soft_cap, out,
-            tiles, num_tiles, queue, flat(scratch), 0, offsets[0],
+            items, num_items, queue, scratch, offsets, 0,
         )  # fmt: skip
     else:
-        for worker in numba.prange(workers):
+        for worker in numba.prange(threads):
             _work_through(
                 attend, query, key_cache, value_cache, block_tables, scale, window, soft_cap, out,
-                tiles, num_tiles, queue, flat(scratch), worker * scratch.shape[1], offsets[worker],
+                items, num_items, queue, scratch, offsets, worker,
             )  # fmt: skip
     return True
 
@@ -153,24 +159,25 @@ def _attend_batch(
 @inner
 def _work_through(
     attend: int, query: Any, key_cache: Any, value_cache: Any, block_tables: Any, scale: Any,
-    window: int, soft_cap: Any, out: Any, tiles: Any, num_tiles: int, queue: Any, scratch: Any,
-    scratch_start: int, offsets: Any,
+    window: int, soft_cap: Any, out: Any, items: Any, num_items: int, queue: Any, scratch: Any,
+    offsets: Any, worker: int,
 ) -> None:  # fmt: skip
-    """One thread's part: take the next (tile, KV head) until there is none."""
+    """One thread's part: take the next item until there is none."""
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // num_kv_heads
     query_stride, out_stride = query.strides[0] // 4, out.strides[0] // 4
     while True:
         item = fetch_add(queue, 0, 1)
-        if item >= num_tiles * num_kv_heads:
+        if item >= num_items:
             break
-        tile, kv_head = item // num_kv_heads, item % num_kv_heads
-        seq, token, count, position = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
+        seq, token, count = items[item, 0], items[item, 1], items[item, 2]
+        position, kv_head, heads = items[item, 3], items[item, 4], items[item, 5]
         head = kv_head * group * head_dim
         call_address(
             attend, flat(query), token * query_stride + head, query_stride, group, count, position,
-            flat(key_cache), flat(value_cache), num_kv_heads, head_dim, kv_head,
+            flat(key_cache), flat(value_cache), num_kv_heads, head_dim, kv_head, heads,
             flat(block_tables), seq * block_tables.shape[1], block_size,
             scale, window, soft_cap,
-            flat(out), token * out_stride + head, out_stride, scratch, scratch_start, offsets,
+            flat(out), token * out_stride + head, out_stride,
+            flat(scratch), worker * scratch.shape[1], offsets[worker],
         )  # fmt: skip

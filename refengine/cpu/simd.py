@@ -130,7 +130,7 @@ maximum = _binary(_emit_maximum)  # the second where the first is not greater, o
 def _overload(symbol: Callable[..., Any], operation: Callable[..., Any]) -> None:
     def implementation(a: Any, b: Any) -> Any:
         if a is float32x16 and b is float32x16:
-            return lambda a, b: operation(a, b)
+            return lambda a, b: operation(a, b)  # noqa: PLW0108 - Numba wants a function's source
         return None
 
     overload(symbol, strict=False)(implementation)

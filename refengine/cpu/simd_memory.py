@@ -168,12 +168,12 @@ def flat(typing_context: Any, array: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of element ``index``; harmless if it is never used."""
+def fetch_ahead(typing_context: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of element ``index``, to the second level of cache."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = emit_pointer(context, builder, signature.args[0], *args, _I8)
-        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(2), I32(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), code
