@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .bfloat16 import Array, narrow, widen
+from .bfloat16 import Array, Float32, narrow, widen
 from .validation import check_gated, check_soft_cap
 
 
@@ -19,9 +19,10 @@ def silu_and_mul(x: Array, out: Array) -> None:
         ValueError: where a shape does not fit.
     """
     check_gated(x, out)
-    gate, up = np.split(widen(x), 2, axis=1)  # [num_tokens, d] each
+    gate, up = _halves(x)  # [num_tokens, d] each
     with np.errstate(over="ignore"):  # exp of a large number is infinity, and a / infinity is 0
-        out[...] = narrow(gate / (np.float32(1) + np.exp(-gate)) * up, out.dtype)
+        silu = gate / (np.exp(-gate) + np.float32(1))
+    out[...] = narrow(silu * up, out.dtype)
 
 
 def gelu_tanh_and_mul(x: Array, out: Array) -> None:
@@ -38,10 +39,15 @@ def gelu_tanh_and_mul(x: Array, out: Array) -> None:
         ValueError: where a shape does not fit.
     """
     check_gated(x, out)
-    gate, up = np.split(widen(x), 2, axis=1)  # [num_tokens, d] each
-    inside = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
-    gelu = np.float32(0.5) * gate * (np.float32(1) + np.tanh(inside))
+    gate, up = _halves(x)  # [num_tokens, d] each
+    inside = (gate + gate**3 * np.float32(0.044715)) * np.float32(np.sqrt(2 / np.pi))
+    gelu = gate * np.float32(0.5) * (np.tanh(inside) + np.float32(1))
     out[...] = narrow(gelu * up, out.dtype)
+
+
+def _halves(x: Array) -> tuple[Float32, Float32]:
+    wide, half = widen(x), x.shape[1] // 2
+    return wide[:, :half], wide[:, half:]
 
 
 def soft_cap(x: Array, cap: float) -> None:

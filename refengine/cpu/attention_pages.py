@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from refengine.cpu.jit import inner
 from refengine.cpu.simd import LANES
 from refengine.cpu.simd_memory import fetch_ahead, load_first, store
@@ -35,7 +33,7 @@ def locate_keys(
     size = offsets.shape[0]
     begin, end = max(key_first - tile, 0), min(key_stop - tile, size)
     index, offset = (tile + begin) // block_size, (tile + begin) % block_size
-    slot = np.int64(block_tables[table_start + index]) * block_size + offset
+    slot = int(block_tables[table_start + index]) * block_size + offset
     first = slot * token_stride + head_start
     for k in range(begin):
         offsets[k] = first
@@ -45,7 +43,7 @@ def locate_keys(
         offset += 1
         if offset == block_size and k + 1 < end:
             index, offset = index + 1, 0
-            slot = np.int64(block_tables[table_start + index]) * block_size
+            slot = int(block_tables[table_start + index]) * block_size
     for k in range(end, size):
         offsets[k] = first
 

@@ -23,8 +23,8 @@ def sequences_fit(
     if query_start_loc[0] != 0 or query_start_loc[num_seqs] != num_tokens:
         return False
     for seq in range(num_seqs):
-        seq_len = np.int64(seq_lens[seq])
-        query_len = np.int64(query_start_loc[seq + 1]) - np.int64(query_start_loc[seq])
+        seq_len = int(seq_lens[seq])
+        query_len = int(query_start_loc[seq + 1]) - int(query_start_loc[seq])
         if query_len < 0 or seq_len < 0 or seq_len > max_blocks * block_size:
             return False
         if seq_len == 0:
@@ -41,8 +41,8 @@ def sequences_fit(
 @inner
 def most_items(query_start_loc: Any, group: int, num_kv_heads: int) -> int:
     """Items that a batch has at most: rows that ``plan_items`` may fill."""
-    num_seqs = query_start_loc.shape[0] - 1
-    return (num_seqs + query_start_loc[num_seqs] // tile_tokens(group)) * num_kv_heads
+    num_seqs: int = query_start_loc.shape[0] - 1
+    return (num_seqs + int(query_start_loc[num_seqs]) // tile_tokens(group)) * num_kv_heads
 
 
 @inner
@@ -80,10 +80,10 @@ def plan_items(
         for seq in range(seq_lens.shape[0]):
             if seq_lens[seq] == 0:
                 continue
-            begin, end = np.int64(query_start_loc[seq]), np.int64(query_start_loc[seq + 1])
+            begin, end = int(query_start_loc[seq]), int(query_start_loc[seq + 1])
             for token in range(begin, end, step):
                 count = min(step, end - token)
-                position = seq_lens[seq] - (end - token)
+                position = int(seq_lens[seq]) - (end - token)
                 # Few sequences: their heads are shared out, so that no thread is idle.
                 together = count * group <= NARROW_ROWS and seq_lens.shape[0] >= 2 * workers
                 heads = num_kv_heads if together else 1

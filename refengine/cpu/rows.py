@@ -42,4 +42,5 @@ def as_rows(name: str, array: Array) -> Array:
 @inner
 def row_start(rows: Any, outer: int, index: int) -> int:
     """Element offset of a row of a 3-D float32 array."""
-    return outer * (rows.strides[0] // 4) + index * (rows.strides[1] // 4)
+    start: int = outer * (rows.strides[0] // 4) + index * (rows.strides[1] // 4)
+    return start

@@ -39,7 +39,7 @@ class _Float32x16(types.Type):  # type: ignore[misc]
 float32x16 = _Float32x16()
 
 
-@register_model(_Float32x16)  # type: ignore[untyped-decorator]
+@register_model(_Float32x16)
 class _Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, VEC)

@@ -172,7 +172,8 @@ def fetch_ahead(typing_context: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of element ``index``, to the second level of cache."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = emit_pointer(context, builder, signature.args[0], *args, _I8)
+        array, index = args
+        pointer = emit_pointer(context, builder, signature.args[0], array, index, _I8)
         emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(2), I32(1)])
         return context.get_dummy_value()
 
