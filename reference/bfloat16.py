@@ -29,7 +29,7 @@ def widen(array: Array) -> Float32:
     return array.astype(np.float32, copy=False)
 
 
-def narrow(values: Float32, dtype: npt.DTypeLike) -> Array:
+def narrow(values: Array, dtype: npt.DTypeLike) -> Array:
     """float32 numbers rounded to nearest, ties to even, as an array of ``dtype``."""
     dtype = np.dtype(dtype)
     if not is_bfloat16(dtype):
