@@ -8,11 +8,6 @@ The bound is reading keys and values once, so everything serves keeping loads in
   shared memory between. A fragment wants other dims than 16 bytes hold in a row; since a dot
   product does not care in which order dims are summed, both sides take them permuted alike.
 - The next tile's keys and the table entry after it are fetched while this tile is computed.
-
-The context is cut into splits of a size that depends on the sequence's own length alone (Flash-
-Decoding: Dao et al., 2023). Every split is reduced from a fresh start and splits are folded from
-left to right, always with the same arithmetic, whether one block did them all or many blocks did
-and the last to finish folds: so a result's bits never depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -24,60 +19,12 @@ from numba import cuda
 
 from . import ptx
 from .attention_rows import NOTHING, find_context
-from .launch import Kernel, num_multiprocessors
+from .attention_splits import HEADS, MAX_SPLITS, folding, split_size
+from .launch import Kernel
 from .ptx import F32, U32, U64
 
 WARPS = 4
 THREADS = 32 * WARPS
-# A split's tokens, for contexts up to SHORT_CONTEXT; longer ones are cut into MAX_SPLITS or fewer.
-SHORT_SPLIT, SHORT_CONTEXT = 256, 4096
-LONG_SPLIT, LONG_CONTEXT = 1024, 32768
-MAX_SPLITS = 32
-BLOCKS_PER_SM = 4  # wanted of a launch
-HEADS = 8  # query heads of a tile: the short side of the tensor core's product
-FOLD_AHEAD = 8  # partial results that the folding block has in flight
-
-
-def split_size(context: Any) -> Any:
-    """Tokens of a split, for a sequence that attends to ``context`` tokens."""
-    size = U32(SHORT_SPLIT)
-    if context > U32(SHORT_CONTEXT):
-        size = U32(LONG_SPLIT)
-    if context > U32(LONG_CONTEXT):
-        most = U32(MAX_SPLITS * LONG_SPLIT)
-        size = U32(U32((context + most - U32(1)) // most) * U32(LONG_SPLIT))
-    return size
-
-
-_split_size = ptx.device(split_size)
-
-
-def num_splits(max_context: int) -> int:
-    """The most splits that any context of up to ``max_context`` tokens is cut into."""
-    short = -(-min(max_context, SHORT_CONTEXT) // SHORT_SPLIT)
-    long = -(-min(max_context, LONG_CONTEXT) // LONG_SPLIT)
-    return max(short, long, MAX_SPLITS if max_context > LONG_CONTEXT else 1)
-
-
-def num_parts(tiles: int, max_context: int) -> int:
-    """Blocks that share a sequence: enough that ``tiles`` sequences and heads fill the device."""
-    wanted = -(-BLOCKS_PER_SM * num_multiprocessors() // max(tiles, 1))
-    return max(1, min(wanted, num_splits(max_context)))
-
-
-def fold(total: Any, highest: Any, mass: Any, part: Any, part_highest: Any, part_mass: Any) -> Any:
-    """Fold one split's (sum, maximum, mass) into the running ones; written out to the rounding."""
-    top = ptx.fmax(highest, part_highest)
-    keep = ptx.exp2(highest - top)
-    take = ptx.exp2(part_highest - top)
-    return (
-        ptx.fma(total, keep, ptx.mul(part, take)),
-        top,
-        ptx.fma(mass, keep, ptx.mul(part_mass, take)),
-    )
-
-
-_fold = ptx.device(fold)
 
 
 @functools.cache
@@ -114,13 +61,10 @@ def decode_kernel(
     WHOLE_TILES = BLOCK % 16 == 0  # 16 tokens lie in one block
     Q_WORDS, K_WORDS, V_WORDS = 4 * K_CHUNKS, 8 * K_CHUNKS * SUBTILES, 16 * V_CHUNKS * SUBTILES
     SUMS, SCORES = 16 * V_CHUNKS, 4 * SUBTILES
-    OUTPUTS = TILE_HEADS * DIM
-    PER_THREAD = -(-OUTPUTS // THREADS)
-    STATE = PER_THREAD * THREADS
-    WARP_SUMS, WARP_STATS = WARPS * HEADS * DIM, WARPS * HEADS
-    QUADS = OUTPUTS // 4
-    QUADS_PER_THREAD = -(-QUADS // THREADS)
-    AHEAD_WORDS = 4 * FOLD_AHEAD
+    tools = folding(dtype, GROUP, DIM, WARPS)
+    finish_split, finish = tools.finish_split, tools.finish
+    STATE, WARP_SUMS, WARP_STATS = tools.state, tools.warp_sums, tools.warp_stats
+    PER_THREAD = STATE // THREADS
     mma = {"bfloat16": ptx.mma_bf16, "float16": ptx.mma_f16}[dtype]
     pack = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16}[dtype]
 
@@ -214,6 +158,7 @@ def decode_kernel(
         table = U64(sequence) * U64(table_step)
 
         tile_of_heads = U32(cuda.blockIdx.y)
+        ticket = U64(token) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
         kv_head = U32(tile_of_heads // U32(HEAD_TILES))
         head0 = U32((tile_of_heads % U32(HEAD_TILES)) * U32(HEADS))
         heads = U32(min(U32(U32(GROUP) - head0), U32(HEADS)))
@@ -227,7 +172,7 @@ def decode_kernel(
             return
 
         # 2 This block's run of splits.
-        size = _split_size(U32(end - first))
+        size = split_size(U32(end - first))
         first_split = first // size
         splits = U32((end + size - U32(1)) // size - first_split)
         per_block = U32((splits + U32(cuda.gridDim.x) - U32(1)) // U32(cuda.gridDim.x))
@@ -360,101 +305,27 @@ def decode_kernel(
                 warp_highest[column + U32(1)] = highest1
                 warp_mass[column] = mass0
                 warp_mass[column + U32(1)] = mass1
-            for c in range(V_CHUNKS):
-                if DIM % 64 == 0 or U32(c * 64) + g * U32(8) < U32(DIM):
-                    for i in range(4):
-                        d = U32(U32(column * U32(DIM)) + g * U32(8) + U32(c * 64 + 2 * i))
-                        s = 16 * c + 4 * i
-                        warp_sums[d] = sums[s]
-                        warp_sums[d + U32(DIM)] = sums[s + 1]
-                        warp_sums[d + U32(1)] = sums[s + 2]
-                        warp_sums[d + U32(DIM + 1)] = sums[s + 3]
+            for j in range(2):
+                if U32(t * U32(2) + U32(j)) < U32(TILE_HEADS):
+                    d = U32(U32(warp * U32(TILE_HEADS) + t * U32(2) + U32(j)) * U32(DIM) + g * U32(8))
+                    for c in range(V_CHUNKS):
+                        if DIM % 64 == 0 or U32(c * 64) + g * U32(8) < U32(DIM):
+                            for i in range(4):
+                                at = U32(d + U32(c * 64 + 2 * i))
+                                warp_sums[at] = sums[16 * c + 4 * i + j]
+                                warp_sums[U32(at + U32(1))] = sums[16 * c + 4 * i + 2 + j]
             cuda.syncthreads()
-            slot = U64(token) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
-            slot = slot * U64(MAX_SPLITS) + U64(split)
-            for i in range(PER_THREAD):
-                e = U32(thread + U32(i * THREADS))
-                if e < U32(OUTPUTS):
-                    h = U32(e // U32(DIM))
-                    top = warp_highest[h]
-                    for w in range(1, WARPS):
-                        top = ptx.fmax(top, warp_highest[h + U32(w * HEADS)])
-                    value, mass = F32(0.0), F32(0.0)
-                    for w in range(WARPS):
-                        take = ptx.exp2(warp_highest[h + U32(w * HEADS)] - top)
-                        value = ptx.fma(warp_sums[e + U32(w * HEADS * DIM)], take, value)
-                        mass = ptx.fma(warp_mass[h + U32(w * HEADS)], take, mass)
-                    if blocks == U32(1):
-                        value, top, mass = _fold(
-                            total[e], total_highest[e], total_mass[e], value, top, mass
-                        )
-                        total[e] = value
-                        total_highest[e] = top
-                        total_mass[e] = mass
-                    else:
-                        partial_sums[slot * U64(OUTPUTS) + U64(e)] = value
-                        if e % U32(DIM) == U32(0):
-                            partial_stats[(slot * U64(HEADS) + U64(h)) * U64(2)] = top
-                            partial_stats[(slot * U64(HEADS) + U64(h)) * U64(2) + U64(1)] = mass
+            finish_split(
+                thread, warp_sums, warp_highest, warp_mass, total, total_highest, total_mass,
+                blocks == U32(1), ticket * U64(MAX_SPLITS) + U64(split), partial_sums, partial_stats,
+            )  # fmt: skip
             split = U32(split + U32(1))
 
-        if blocks == U32(1):
-            # 10 One block read it all: its totals are the result.
-            for i in range(PER_THREAD):
-                e = U32(thread + U32(i * THREADS))
-                if e < heads * U32(DIM):
-                    result = total[e] * ptx.reciprocal(total_mass[e])
-                    out[first_out + U64(e)] = ptx.U16(pack(result, F32(0.0)) & U32(0xFFFF))
-            return
-        # 11 Otherwise the last block to come folds all splits in their order.
-        cuda.threadfence()
-        cuda.syncthreads()
-        ticket = U64(token) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
-        if thread == U32(0):
-            arrived[0] = ptx.atomic_add(tickets, ticket, U32(1))
-        cuda.syncthreads()
-        if U32(arrived[0]) != U32(blocks - U32(1)):
-            return
-        if thread == U32(0):
-            tickets[ticket] = U32(0)
-        cuda.threadfence()
-        read = cuda.local.array(AHEAD_WORDS, F32)
-        stats = cuda.local.array(AHEAD_WORDS, F32)
-        result = cuda.local.array(4, F32)
-        base = ticket * U64(MAX_SPLITS)
-        for i in range(QUADS_PER_THREAD):
-            e = U32(U32(thread + U32(i * THREADS)) * U32(4))
-            if e < heads * U32(DIM):
-                h = U64(e // U32(DIM))
-                for j in range(4):
-                    result[j] = F32(0.0)
-                highest, mass = F32(NOTHING), F32(0.0)
-                at = U32(0)
-                while at < splits:
-                    for j in range(FOLD_AHEAD):
-                        if at + U32(j) < splits:
-                            slot = base + U64(at) + U64(j)
-                            x = ptx.load16_fresh(partial_sums, slot * U64(OUTPUTS) + U64(e))
-                            y = (slot * U64(HEADS) + h) * U64(2)
-                            for k in range(4):
-                                read[4 * j + k] = x[k]
-                            stats[2 * j] = ptx.load_fresh(partial_stats, y)
-                            stats[2 * j + 1] = ptx.load_fresh(partial_stats, y + U64(1))
-                    for j in range(FOLD_AHEAD):
-                        if at + U32(j) < splits:
-                            top, new_mass = highest, mass
-                            for k in range(4):
-                                value, top, new_mass = _fold(
-                                    result[k], highest, mass,
-                                    read[4 * j + k], stats[2 * j], stats[2 * j + 1],
-                                )  # fmt: skip
-                                result[k] = value
-                            highest, mass = top, new_mass
-                    at = U32(at + U32(FOLD_AHEAD))
-                scale_out = ptx.reciprocal(mass)
-                for k in range(4):
-                    x = ptx.U16(pack(result[k] * scale_out, F32(0.0)) & U32(0xFFFF))
-                    out[first_out + U64(e) + U64(k)] = x
+        # 10 The result: at once, or by the last of the blocks that shared it.
+        finish(
+            thread, total, total_mass, arrived, blocks, splits, ticket, tickets,
+            partial_sums, partial_stats, heads, out, first_out,
+        )  # fmt: skip
 
     half = ptx.POINTER_U16
     parameters = (

@@ -11,17 +11,8 @@ NOTHING = -1e30  # the score of a token that may not be seen; its weight is exac
 
 
 def sequence_of(query_start_loc: Any, num_seqs: Any, token: Any) -> Any:
-    """The sequence that flat token ``token`` belongs to; ``num_seqs`` if it is padding.
-
-    A batch of decodes has one token a sequence, so that guess is tried before bisection.
-    """
-    guess = U32(min(token, U32(num_seqs - U32(1))))
+    """The sequence that flat token ``token`` belongs to; ``num_seqs`` if it is padding: by bisection."""
     low, high = U32(0), num_seqs
-    if (
-        U32(query_start_loc[U64(guess)]) <= token
-        and U32(query_start_loc[U64(guess) + U64(1)]) > token
-    ):
-        low, high = guess, guess
     while low < high:
         middle = U32((low + high) // U32(2))
         if U32(query_start_loc[U64(middle) + U64(1)]) > token:
@@ -42,12 +33,20 @@ def context_of(
     The token attends to its sequence's tokens ``first .. end - 1``, itself the last. ``end`` is 0
     where there is nothing to see; ``sequence`` is ``num_seqs`` for padding. ``window`` 0 is none.
     """
-    sequence = find_sequence(query_start_loc, num_seqs, token)
+    # In a batch of decodes token i is sequence i's: three loads at once instead of in a row.
+    sequence = U32(min(token, U32(num_seqs - U32(1))))
+    start = U32(query_start_loc[U64(sequence)])
+    stop = U32(query_start_loc[U64(sequence) + U64(1)])
+    length = U32(seq_lens[U64(sequence)])
     new_tokens, first, end = U32(0), U32(0), U32(0)
+    if start > token or stop <= token:
+        sequence = find_sequence(query_start_loc, num_seqs, token)
+        if sequence < num_seqs:
+            start = U32(query_start_loc[U64(sequence)])
+            stop = U32(query_start_loc[U64(sequence) + U64(1)])
+            length = U32(seq_lens[U64(sequence)])
     if sequence < num_seqs:
-        start = U32(query_start_loc[U64(sequence)])
-        new_tokens = U32(U32(query_start_loc[U64(sequence) + U64(1)]) - start)
-        length = U32(seq_lens[U64(sequence)])
+        new_tokens = U32(stop - start)
         if length > U32(0):
             end = U32(length - new_tokens + (token - start) + U32(1))
         if U32(window) > U32(0):

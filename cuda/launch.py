@@ -165,6 +165,72 @@ class Scratch:
         return self._held[-1]
 
 
+# ---------------------------------------------------------------- tensor maps
+
+_BFLOAT16, _FLOAT16 = 9, 6  # CUtensorMapDataType
+_SWIZZLE_128B, _PROMOTE_256B = 3, 3
+BOX_DIMS = 64  # 128 bytes: as wide as the swizzle
+
+
+class _TensorMaps:
+    """Descriptions of caches for the copy engine, kept on the device."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+        self._free: list[int] = []
+
+    def get(self, cache: Array, dtype: str, box_slots: int) -> Any:
+        """Where the map of ``cache`` lies; boxes are 64 dims of one head of ``box_slots`` slots.
+
+        It is made when a cache is first seen, so the first call may not be captured in a graph.
+        """
+        if ptx.SIMULATED:
+            return ptx.TensorMap(cache, box_slots)
+        key = (cache.data_ptr(), tuple(cache.shape), dtype, box_slots)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._make(*key)
+        return found
+
+    def _make(self, address: int, shape: tuple[int, ...], dtype: str, box_slots: int) -> int:
+        driver = _driver()
+        _device()
+        if not self._free:
+            pool = ctypes.c_uint64()
+            _check(driver.cuMemAlloc_v2(ctypes.byref(pool), 64 * 128), "allocating tensor maps")
+            self._free = [pool.value + 128 * i for i in range(64)]
+        num_blocks, block_size, num_heads, head_dim = shape
+        memory = ctypes.create_string_buffer(192)
+        encoded = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+        sizes = (ctypes.c_uint64 * 3)(head_dim, num_heads, num_blocks * block_size)
+        steps = (ctypes.c_uint64 * 2)(2 * head_dim, 2 * head_dim * num_heads)
+        box = (ctypes.c_uint32 * 3)(BOX_DIMS, 1, box_slots)
+        ones = (ctypes.c_uint32 * 3)(1, 1, 1)
+        code = driver.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(encoded),
+            _BFLOAT16 if dtype == "bfloat16" else _FLOAT16,
+            3,
+            ctypes.c_void_p(address),
+            sizes,
+            steps,
+            box,
+            ones,
+            0,
+            _SWIZZLE_128B,
+            _PROMOTE_256B,
+            0,
+        )
+        _check(code, f"describing a cache of shape {list(shape)} to the copy engine")
+        place = self._free.pop()
+        code = driver.cuMemcpyHtoD_v2(
+            ctypes.c_uint64(place), ctypes.c_void_p(encoded), ctypes.c_size_t(128)
+        )
+        _check(code, "copying a tensor map")
+        return place
+
+
+tensor_maps = _TensorMaps()
+
 # ---------------------------------------------------------------- kernels
 
 

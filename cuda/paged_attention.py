@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 from . import (
     attention_decode,
+    attention_decode_bulk,
     attention_plain,
     attention_prefill,
+    attention_splits,
     attention_vectors,
     checks,
     launch,
@@ -52,6 +54,7 @@ class Problem(NamedTuple):
     max_context: int
     capped: bool
     wide: bool  # rows can be read 16 bytes at a time
+    caches: tuple[Array, Array]
     arrays: tuple[Any, ...]  # query, key_cache, value_cache, block_tables, lens, starts, out
     query_step: int
     table_step: int
@@ -180,6 +183,7 @@ def _problem(
         max_context=block_tables.shape[1] * block_size,
         capped=capped,
         wide=wide and head_dim <= 256,
+        caches=(key_cache, value_cache),
         arrays=(
             *addresses[:3],
             *(launch.address(array, ptx.POINTER_I32) for array in integers),
@@ -227,23 +231,34 @@ def run_vectors(problem: Problem, *, split: bool | None = None) -> None:
         merge(grid, sums, stats, lens, starts, out, p.num_seqs, p.window, num_splits)
 
 
-def run_decode(problem: Problem, max_new_tokens: int, *, parts: int | None = None) -> None:
-    """The decode rung, for sequences of up to ``max_new_tokens`` new tokens.
+def run_decode(
+    problem: Problem, max_new_tokens: int, *, parts: int | None = None, bulk: bool | None = None
+) -> None:
+    """The decode rungs, for sequences of up to ``max_new_tokens`` new tokens.
 
-    ``parts`` is how many blocks may share a sequence; it does not change the result.
+    ``parts`` is how many blocks may share a sequence; it does not change the result. ``bulk`` says
+    whether the copy engine feeds it; None lets device and shape decide.
     """
     p = problem
-    kernel = attention_decode.decode_kernel(
-        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.window > 0, p.capped
-    )
-    tiles = p.num_kv_heads * -(-p.group // attention_decode.HEADS)
+    shape = p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.window > 0, p.capped
+    box = attention_decode_bulk.box_slots(p.block_size)
+    if bulk is None:
+        bulk = launch.compute_capability() >= (9, 0) and box > 0 and p.head_dim % 16 == 0
+    arrays = p.arrays
+    if bulk:
+        kernel = attention_decode_bulk.bulk_decode_kernel(*shape)
+        maps = [launch.tensor_maps.get(cache, p.dtype, box) for cache in p.caches]
+        arrays = (arrays[0], *maps, *arrays[3:])
+    else:
+        kernel = attention_decode.decode_kernel(*shape)
+    tiles = p.num_kv_heads * -(-p.group // attention_splits.HEADS)
     if parts is None:
-        parts = attention_decode.num_parts(p.num_tokens * tiles, p.max_context)
+        parts = attention_splits.num_parts(p.num_tokens * tiles, p.max_context)
     slots = p.num_tokens * tiles if parts > 1 else 1
-    partial = slots * attention_decode.MAX_SPLITS * attention_decode.HEADS
+    partial = slots * attention_splits.MAX_SPLITS * attention_splits.HEADS
     kernel(
         (parts, tiles, p.num_tokens),
-        *p.arrays,
+        *arrays,
         _partial_sums.get(partial * p.head_dim),
         _partial_stats.get(2 * partial),
         _tickets.get(slots),

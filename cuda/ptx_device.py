@@ -235,6 +235,7 @@ load16_fresh = _with_address(
     f"=f,=f,=f,=f,l,{_MEMORY}",
 )
 load_fresh = _with_address(F32, (), "ld.global.cg.f32 $0, [$1];", f"=f,l,{_MEMORY}")
+load4 = _with_address(U32, (), "ld.global.u32 $0, [$1];", f"=r,l,{_MEMORY}")
 store4 = _with_address(types.void, (U32,), "st.global.u32 [$0], $1;", f"l,r,{_MEMORY}")
 atomic_add = _with_address(
     U32, (U32,), "atom.global.acq_rel.gpu.add.u32 $0, [$1], $2;", f"=r,l,r,{_MEMORY}"
@@ -374,3 +375,179 @@ copy_wait_all_but_one = _asm(types.void, (), "cp.async.wait_group 1;", _MEMORY, 
 fence_async_shared = _asm(
     types.void, (), "fence.proxy.async.shared::cta;", _MEMORY, side_effect=True
 )
+
+
+# ---------------------------------------------------------------- bulk copies and their barriers
+
+# An mbarrier counts arrivals and bytes of one phase; waiting names the phase by its parity.
+barrier_init = _asm(
+    types.void, (U32, U32), "mbarrier.init.shared.b64 [$0], $1;", f"r,r,{_MEMORY}", side_effect=True
+)
+barrier_arrive = _asm(
+    types.void,
+    (U32,),
+    "{.reg .b64 t; mbarrier.arrive.shared.b64 t, [$0];}",
+    f"r,{_MEMORY}",
+    side_effect=True,
+)
+barrier_expect = _asm(
+    types.void,
+    (U32, U32),
+    "{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [$0], $1;}",
+    f"r,r,{_MEMORY}",
+    side_effect=True,
+)
+barrier_wait = _asm(
+    types.void,
+    (U32, U32),
+    "{\n.reg .pred done;\nAGAIN:\n"
+    "mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
+    "@done bra DONE;\nbra AGAIN;\nDONE:\n}",
+    f"r,r,{_MEMORY}",
+    side_effect=True,
+)
+fence_barrier_init = _asm(
+    types.void, (), "fence.mbarrier_init.release.cluster;", _MEMORY, side_effect=True
+)
+sync_named = _asm(types.void, (U32, U32), "bar.sync $0, $1;", f"r,r,{_MEMORY}", side_effect=True)
+arrive_named = _asm(
+    types.void, (U32, U32), "bar.arrive $0, $1;", f"r,r,{_MEMORY}", side_effect=True
+)
+POINTER_MAP = POINTER_U64
+
+
+@intrinsic
+def copy_box(typing_context, destination, tensor_map, column, head, slot, barrier):
+    """Start copying a box of a cache (64 dims of one head of some slots) to shared memory.
+
+    The copy engine follows the tensor map and swizzles: 16-byte piece ``p`` of row ``r`` lands at
+    piece ``p ^ (r % 8)``. ``barrier`` counts the bytes as they land.
+    """
+
+    def codegen(context, builder, signature, values):
+        asm = ir.InlineAsm(
+            ir.FunctionType(ir.VoidType(), [_WORD, _LONG, _WORD, _WORD, _WORD, _WORD]),
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [$0], [$1, {$2, $3, $4}], [$5];",
+            f"r,l,r,r,r,r,{_MEMORY}",
+            side_effect=True,
+        )
+        map_at = builder.ptrtoint(values[1], _LONG)
+        builder.call(asm, [values[0], map_at, *values[2:]])
+        return context.get_dummy_value()
+
+    return types.void(U32, tensor_map, U32, U32, U32, U32), codegen
+
+
+# ---------------------------------------------------------------- tensor cores (wgmma, sm_90a)
+
+
+def _store_parts(builder, array, value, count):
+    for i in range(count):
+        builder.store(builder.extract_value(value, i), builder.gep(array, [_LONG(i)]))
+
+
+def _data(context, builder, array_type, value):
+    return context.make_array(array_type)(context, builder, value=value).data
+
+
+def wgmma_shared(kind, columns, a_steps, b_steps):
+    """``f(scores, a, b)``: start ``scores (64 x columns) = A B^T``, both in shared memory.
+
+    One step of 16 dims for each entry of ``a_steps`` and ``b_steps``, which are what the step adds
+    to the matrix descriptors ``a`` and ``b`` (in units of 16 bytes).
+    """
+    count = columns // 2
+    registers = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    lines = [
+        "{\n.reg .pred first, later;\n.reg .b64 da, db;\nsetp.ne.b32 first, 0, 0;",
+        "setp.eq.b32 later, 0, 0;\nwgmma.fence.sync.aligned;",
+    ]
+    for i, (a, b) in enumerate(zip(a_steps, b_steps, strict=True)):
+        lines.append(f"add.s64 da, ${count}, {a};\nadd.s64 db, ${count + 1}, {b};")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, da, db,"
+            f" {'later' if i else 'first'}, 1, 1, 0, 0;"
+        )
+    lines.append("wgmma.commit_group.sync.aligned;\n}")
+    text = "\n".join(lines)
+    constraints = ",".join(["=f"] * count + ["l", "l", _MEMORY])
+
+    @intrinsic
+    def product(typing_context, scores, a, b):
+        def codegen(context, builder, signature, values):
+            array = _data(context, builder, signature.args[0], values[0])
+            result = ir.LiteralStructType([_REAL] * count)
+            kind_of = ir.FunctionType(result, [_LONG, _LONG])
+            asm = ir.InlineAsm(kind_of, text, constraints, side_effect=True)
+            _store_parts(builder, array, builder.call(asm, values[1:]), count)
+            return context.get_dummy_value()
+
+        return types.void(scores, U64, U64), codegen
+
+    return product
+
+
+def wgmma_registers(kind, columns, b_steps):
+    """``f(sums, weights, b)``: start ``sums (64 x columns) += A B``, A in registers.
+
+    ``weights`` holds four words of A for each step of 16; B is shared memory with its columns
+    adjacent, ``b_steps`` as for ``wgmma_shared``.
+    """
+    count, steps = columns // 2, len(b_steps)
+    registers = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    lines = ["{\n.reg .pred yes;\n.reg .b64 db;\nsetp.eq.b32 yes, 0, 0;\nwgmma.fence.sync.aligned;"]
+    for i, b in enumerate(b_steps):
+        a = "{" + ",".join(f"${count + 4 * i + j}" for j in range(4)) + "}"
+        lines.append(f"add.s64 db, ${count + 4 * steps}, {b};")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, {a}, db,"
+            " yes, 1, 1, 1;"
+        )
+    lines.append("wgmma.commit_group.sync.aligned;\n}")
+    text = "\n".join(lines)
+    tied = [str(i) for i in range(count)]
+    constraints = ",".join(["=f"] * count + ["r"] * (4 * steps) + ["l", *tied, _MEMORY])
+
+    @intrinsic
+    def product(typing_context, sums, weights, b):
+        def codegen(context, builder, signature, values):
+            array = _data(context, builder, signature.args[0], values[0])
+            source = _data(context, builder, signature.args[1], values[1])
+            words = [builder.load(builder.gep(source, [_LONG(i)])) for i in range(4 * steps)]
+            before = [builder.load(builder.gep(array, [_LONG(i)])) for i in range(count)]
+            result = ir.LiteralStructType([_REAL] * count)
+            kind_of = ir.FunctionType(result, [_WORD] * (4 * steps) + [_LONG] + [_REAL] * count)
+            asm = ir.InlineAsm(kind_of, text, constraints, side_effect=True)
+            after = builder.call(asm, [*words, values[2], *before])
+            _store_parts(builder, array, after, count)
+            return context.get_dummy_value()
+
+        return types.void(sums, weights, U64), codegen
+
+    return product
+
+
+def wgmma_wait(count, pending):
+    """``f(array)``: wait until at most ``pending`` products are under way.
+
+    The ``count`` results pass through, so that nothing can read them before.
+    """
+    tied = [str(i) for i in range(count)]
+    constraints = ",".join(["=f"] * count + [*tied, _MEMORY])
+    text = f"wgmma.wait_group.sync.aligned {pending};"
+
+    @intrinsic
+    def wait(typing_context, array):
+        def codegen(context, builder, signature, values):
+            data = _data(context, builder, signature.args[0], values[0])
+            before = [builder.load(builder.gep(data, [_LONG(i)])) for i in range(count)]
+            result = ir.LiteralStructType([_REAL] * count)
+            kind_of = ir.FunctionType(result, [_REAL] * count)
+            asm = ir.InlineAsm(kind_of, text, constraints, side_effect=True)
+            _store_parts(builder, data, builder.call(asm, before), count)
+            return context.get_dummy_value()
+
+        return types.void(array), codegen
+
+    return wait

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .simulator import current
+from .simulator import Meeting, current
 
 
 class _Number:
@@ -146,6 +146,12 @@ def store16(pointer: np.ndarray, index: int, x0: int, x1: int, x2: int, x3: int)
     first = _checked(pointer, index, 16 // pointer.itemsize)
     words = np.array([x0, x1, x2, x3], np.uint32)
     pointer[first : first + 16 // pointer.itemsize] = words.view(pointer.dtype)
+
+
+def load4(pointer: np.ndarray, index: int) -> int:
+    count = 4 // pointer.itemsize
+    first = _checked(pointer, index, count)
+    return int(pointer[first : first + count].view(np.uint32)[0])
 
 
 def store4(pointer: np.ndarray, index: int, x: int) -> None:
@@ -321,3 +327,199 @@ def copy_wait_all_but_one() -> None:
 
 def fence_async_shared() -> None:
     """One thread runs at a time: nothing to order."""
+
+
+# ---------------------------------------------------------------- bulk copies and their barriers
+
+
+class _Barrier:
+    """An mbarrier: the phase completes when all have arrived and all bytes have landed."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.arrived, self.bytes, self.phase = count, 0, 0, 0
+        self.copies: list[Callable[[], int]] = []
+        self.meeting = Meeting()
+
+    def settle(self) -> None:
+        if self.arrived == self.count and self.bytes == 0:
+            self.phase, self.arrived = self.phase ^ 1, 0
+            block = current().block
+            block.ready.extend(self.meeting.waiting)
+            self.meeting.waiting = []
+
+
+def _barrier(address: int) -> _Barrier:
+    found = current().block.barriers.get(int(address))
+    if found is None:
+        raise RuntimeError(f"no barrier was initialised at shared address {address}")
+    return found  # type: ignore[no-any-return]
+
+
+def barrier_init(address: int, count: int) -> None:
+    barrier = _Barrier(int(count))
+    block = current().block
+    block.barriers[int(address)] = barrier
+    block.meetings[("barrier", int(address))] = barrier.meeting
+
+
+def barrier_arrive(address: int) -> None:
+    barrier = _barrier(address)
+    barrier.arrived += 1
+    barrier.settle()
+
+
+def barrier_expect(address: int, num_bytes: int) -> None:
+    barrier = _barrier(address)
+    barrier.bytes += int(num_bytes)
+    barrier.arrived += 1
+    barrier.settle()
+
+
+def barrier_wait(address: int, parity: int) -> None:
+    """Copies that the barrier counts land when someone waits for it, not before."""
+    barrier, thread = _barrier(address), current()
+    while barrier.phase == int(parity):
+        while barrier.copies:
+            barrier.bytes -= barrier.copies.pop(0)()
+        barrier.settle()
+        if barrier.phase == int(parity):
+            thread.block.wait(thread, barrier.meeting, f"the barrier at {address}")
+
+
+def fence_barrier_init() -> None:
+    """One thread runs at a time: nothing to order."""
+
+
+def sync_named(number: int, count: int) -> None:
+    key = ("named", int(number))
+    current().block.meet(key, int(count), None, lambda values: None, f"named barrier {number}")
+
+
+class TensorMap:
+    """A cache as the copy engine sees it: ``[slots, heads, dims]`` and the slots of a box."""
+
+    def __init__(self, cache: np.ndarray, box_slots: int) -> None:
+        self.cache = cache.reshape(-1, *cache.shape[2:]).view(np.uint16)
+        self.box_slots = box_slots
+
+
+POINTER_MAP = None
+BOX_DIMS = 64
+
+
+def copy_box(
+    destination: int, tensor_map: TensorMap, column: int, head: int, slot: int, barrier: int
+) -> None:
+    shared = current().block.shared
+    first, rows = int(destination), tensor_map.box_slots
+    if first % 128:
+        raise RuntimeError(f"a box must start on a 128-byte boundary, got {first}")
+    shared[first : first + 128 * rows] = 0xFF
+
+    def land() -> int:
+        box = np.zeros((rows, BOX_DIMS), np.uint16)  # what lies outside the cache reads as zero
+        part = tensor_map.cache[slot : slot + rows, head, column : column + BOX_DIMS]
+        box[: part.shape[0], : part.shape[1]] = part
+        for row in range(rows):
+            for piece in range(8):
+                at = first + 128 * row + 16 * piece
+                at ^= ((at >> 7) & 7) << 4
+                shared[at : at + 16] = box[row, 8 * piece : 8 * piece + 8].view(np.uint8)
+        return rows * 128
+
+    _barrier(barrier).copies.append(land)
+
+
+# ---------------------------------------------------------------- tensor cores (wgmma, sm_90a)
+
+
+def _warpgroup(value: Any, combine: Callable[[list[Any]], Any], name: str) -> Any:
+    """Meet the 128 lanes of this group of four warps."""
+    thread = current()
+    group = thread.warp // 4
+    return thread.block.meet(
+        ("warpgroup", group),
+        128,
+        value,
+        lambda values: combine([values[128 * group + i] for i in range(128)]),
+        f"{name} of warpgroup {group}",
+    )
+
+
+def _described(descriptor: int, rows: int, transposed: bool, dtype: Any) -> np.ndarray:
+    """The matrix ``[rows, 16]`` (transposed: ``[16, rows]``) that a descriptor names."""
+    descriptor = int(descriptor)
+    if descriptor >> 62 != 1:
+        raise RuntimeError("the emulation knows descriptors of 128-byte swizzle alone")
+    start = (descriptor & 0x3FFF) << 4
+    leading = ((descriptor >> 16) & 0x3FFF) << 4
+    stride = ((descriptor >> 32) & 0x3FFF) << 4
+    shared = current().block.shared.view(np.uint16)
+    if transposed:  # columns adjacent, blocks of 64 of them, groups of 8 rows
+        row, column = np.arange(16)[:, None], np.arange(rows)[None]
+        at = start + column // 64 * leading + row // 8 * stride + row % 8 * 128 + column % 64 * 2
+    else:
+        row, column = np.arange(rows)[:, None], np.arange(16)[None]
+        at = start + row // 8 * stride + row % 8 * 128 + column * 2
+    at = at ^ (((at >> 7) & 7) << 4)
+    return shared[at >> 1].view(dtype).astype(np.float32)
+
+
+_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+
+
+def _own_part(product: np.ndarray) -> np.ndarray:
+    """This lane's elements of a ``[64, columns]`` result, in register order."""
+    thread = current()
+    row = 16 * (thread.warp % 4) + thread.lane // 4
+    column = 2 * (thread.lane % 4) + np.arange(0, product.shape[1], 8)
+    parts = [
+        product[row, column], product[row, column + 1],
+        product[row + 8, column], product[row + 8, column + 1],
+    ]  # fmt: skip
+    return np.stack(parts, axis=1).reshape(-1)
+
+
+def wgmma_shared(
+    kind: str, columns: int, a_steps: list[int], b_steps: list[int]
+) -> Callable[..., None]:
+    dtype = _KINDS[kind]
+
+    def product(scores: np.ndarray, a: int, b: int) -> None:
+        def combine(values: list[Any]) -> np.ndarray:
+            total = np.zeros((64, columns), np.float32)
+            for a_step, b_step in zip(a_steps, b_steps, strict=True):
+                left = _described(values[0][0] + a_step, 64, False, dtype)
+                total += left @ _described(values[0][1] + b_step, columns, False, dtype).T
+            return total
+
+        scores[:] = _own_part(_warpgroup((int(a), int(b)), combine, "wgmma"))
+
+    return product
+
+
+def wgmma_registers(kind: str, columns: int, b_steps: list[int]) -> Callable[..., None]:
+    dtype = _KINDS[kind]
+
+    def product(sums: np.ndarray, weights: np.ndarray, b: int) -> None:
+        def combine(values: list[Any]) -> np.ndarray:
+            words = np.array([value[0] for value in values], np.uint32)  # [128, 4 * steps]
+            halves = _halves(words, dtype).reshape(4, 8, 4, len(b_steps), 2, 2, 2)
+            # [warp, row, lane column, step, right half, lower half, element]
+            left = halves.transpose(0, 5, 1, 3, 4, 2, 6).reshape(64, len(b_steps), 16)
+            total = np.zeros((64, columns), np.float32)
+            for i, b_step in enumerate(b_steps):
+                total += left[:, i] @ _described(values[0][1] + b_step, columns, True, dtype)
+            return total
+
+        mine = [int(word) for word in weights]
+        sums[:] += _own_part(_warpgroup((mine, int(b)), combine, "wgmma"))
+
+    return product
+
+
+def wgmma_wait(count: int, pending: int) -> Callable[[np.ndarray], None]:
+    def wait(array: np.ndarray) -> None:
+        """Products are done when they are started."""
+
+    return wait
