@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from refengine.engine import Engine
 from refengine.errors import RefengineError, RequestError
 from refengine.execution.kernels import KernelSet
 from refengine.execution.runner import Model, ModelRunner
+from refengine.execution.structured_output import StructuredOutputs
 from refengine.memory import available_memory_bytes
 from refengine.models.chat_template import ChatTemplate
 from refengine.models.decoder_weights import load_decoder_weights
@@ -29,6 +32,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Of the memory that is free when the engine starts, this share may become KV cache by default.
 DEFAULT_CACHE_SHARE = 0.25
+
+
+# Loading compiled kernels from disk is quicker than this; compiling them is not.
+COMPILE_NOTICE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,9 @@ class LoadedEngine:
         Raises:
             RequestError: where there is no template, or it refuses the messages.
         """
-        template = self.chat_template if chat_template is None else ChatTemplate(chat_template)
+        template = self.chat_template
+        if chat_template is not None and self.tokenizer is not None:
+            template = ChatTemplate.of(self.tokenizer, chat_template)
         if template is None or self.tokenizer is None:
             raise RequestError(
                 "this model has no chat template; use generate with a prompt, or give a template"
@@ -107,10 +116,14 @@ def build_engine(
         )
     seconds["load"] = time.perf_counter() - began
     began = time.perf_counter()
-    model = build_model(model_config, weights, kernels, config, progress=progress)
-    seconds["compile"] = time.perf_counter() - began
+    model = build_model(model_config, weights, kernels, config)
     # 4 The cache takes what is asked for, or a share of what is left.
     num_kv_blocks = choose_num_kv_blocks(config, model_config, dtype, max_model_len)
+    structures = None
+    if files.tokenizer is not None:
+        structures = StructuredOutputs(
+            files.tokenizer, model_config.vocab_size, model_config.eos_token_ids
+        )
     runner = ModelRunner(
         model,
         model_config,
@@ -120,7 +133,9 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         dtype=dtype,
+        structures=structures,
     )
+    seconds["compile"] = _warm_up(runner, began)
     # 5 The scheduler and the loop.
     scheduler = Scheduler(
         SchedulerConfig(
@@ -250,10 +265,37 @@ def load_kernels(backend: str, threads: int | None) -> KernelSet:
 
 
 def build_model(
-    model_config: ModelConfig, weights: Any, kernels: KernelSet, config: EngineConfig, **_: Any
+    model_config: ModelConfig, weights: Any, kernels: KernelSet, config: EngineConfig
 ) -> Model:
     """The decoder: the readable one, or the backend's compiled form of it."""
+    if kernels.name == "cpu" and not config.enforce_eager:
+        from refengine.cpu.decoder_step import DecoderStep
+
+        return DecoderStep(model_config, weights)
     return Transformer(model_config, weights, kernels)
+
+
+def _warm_up(runner: ModelRunner, began: float) -> float:
+    """Compute four tokens that nobody wants, so that every kernel is compiled and loaded.
+
+    Says so on standard error where it takes long, which is once on each machine.
+    """
+
+    def say() -> None:
+        print("compiling kernels for this machine, once; this takes a minute or less ...",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    notice = threading.Timer(COMPILE_NOTICE_SECONDS, say)
+    notice.daemon = True
+    notice.start()
+    try:
+        runner.warm_up()
+    finally:
+        notice.cancel()
+    seconds = time.perf_counter() - began
+    if seconds > COMPILE_NOTICE_SECONDS:
+        print(f"compiled in {seconds:.1f} s", file=sys.stderr)
+    return seconds
 
 
 def _bar(items: Iterable[int], text: str, show: bool) -> Iterable[int]:

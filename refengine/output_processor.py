@@ -45,6 +45,7 @@ class RequestTracker:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     finished_time: float | None = None
+    embedding: tuple[float, ...] | None = None
     _shown_tokens: int = 0
     _pending_text: str = ""
 
@@ -64,6 +65,8 @@ class RequestTracker:
             stop_at: called with the stop text that the new tokens completed.
         """
         self.token_times += [now] * len(token_ids)
+        if output.embedding is not None:
+            self.embedding = output.embedding
         if output.logprobs is not None:
             self.logprobs += output.logprobs[: len(token_ids)]
         if output.prompt_logprobs is not None:
@@ -129,6 +132,7 @@ class RequestTracker:
                 finished_time=self.finished_time,
                 token_times=tuple(self.token_times) if finished else (),
             ),
+            embedding=self.embedding,
         )
 
     def _cumulative_logprob(self) -> float | None:

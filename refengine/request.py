@@ -116,3 +116,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     metrics: RequestMetrics | None = None
+    embedding: tuple[float, ...] | None = None  # [hidden], where pooling was asked for

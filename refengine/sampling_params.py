@@ -8,6 +8,30 @@ from dataclasses import dataclass
 # A request may ask for at most this many alternatives per token, as the OpenAI API allows.
 MAX_LOGPROBS = 20
 
+STRUCTURES = ("json_schema", "regex", "grammar")
+POOLINGS = ("mean", "last")
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What an answer must look like.
+
+    Attributes:
+        kind: "json_schema", "regex", or "grammar" (Lark, as llguidance reads it).
+        value: the schema (as JSON text), expression or grammar.
+    """
+
+    kind: str
+    value: str
+
+    def __post_init__(self) -> None:
+        """Check the kind; whether the value makes sense shows when it is compiled."""
+        if self.kind not in STRUCTURES:
+            raise ValueError(
+                f"a structured output's kind must be one of {', '.join(STRUCTURES)}, "
+                f"got {self.kind!r}"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -35,6 +59,10 @@ class SamplingParams:
         seed: the request's own random stream; its tokens depend on nothing else. None draws one.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop text in the answer.
+        structured_output: a schema, expression or grammar that the answer must match.
+        pooling: "mean" or "last": give the prompt's hidden states (after the final norm), averaged
+            or the last token's, as ``RequestOutput.embedding`` instead of an answer; the one token
+            that such a request gets means nothing, so ``max_tokens`` must be 1.
 
     Raises:
         ValueError: where a value lies outside its range; the message says what came and what
@@ -60,6 +88,8 @@ class SamplingParams:
     seed: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_output: StructuredOutput | None = None
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         """Check every range, and turn ``stop`` into a tuple of texts."""
@@ -96,6 +126,13 @@ class SamplingParams:
         for token_id, bias in (self.logit_bias or {}).items():
             _check_integer("logit_bias", token_id, 0)
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.pooling is not None:
+            if self.pooling not in POOLINGS:
+                raise ValueError(
+                    f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}"
+                )
+            if self.max_tokens != 1:
+                raise ValueError(f"pooling needs max_tokens=1, got {self.max_tokens}")
 
     @property
     def greedy(self) -> bool:

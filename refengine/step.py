@@ -22,6 +22,7 @@ class NewRequest:
     seed: int  # the request's own seed, drawn by the engine where the user named none
     # Each forbidden text as the token sequences that would spell it.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    num_computed_tokens: int = 0  # of these, computed already: a prefix hit, a fork, a swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,9 @@ class ScheduledRequest:
     new_block_ids: tuple[int, ...]  # blocks added to its table since its last step
     samples: bool  # whether the last position's logits give a token
     draft_token_ids: tuple[int, ...] = ()
+    # Where new_block_ids go in its table, replacing what is there; None: at the table's end.
+    # A number comes with a copy-on-write: block_copies fills the first of them.
+    new_blocks_start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class RequestStepOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     # The same for prompt tokens whose logits this step computed: positions start + 1 .. .
     prompt_logprobs: tuple[dict[int, Logprob], ...] | None = None
+    embedding: tuple[float, ...] | None = None  # [hidden], of a pooling request's whole prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from refengine.config import ModelConfig
-from refengine.execution.batch import BatchArrays, RequestRows
+from refengine.execution.batch import BatchArrays, RequestRow, RequestRows
 from refengine.execution.kernels import Array, KernelSet
 from refengine.execution.sampler import Sampler, SamplingInput, top_logprobs
+from refengine.execution.structured_output import Matcher, StructuredOutputs
 from refengine.step import Logprob, RequestStepOutput, ScheduledBatch, StepOutput
 
 # Prompt log-probabilities need a row of logits a token; this many rows at a time bound the memory.
@@ -55,6 +57,7 @@ class ModelRunner:
         max_model_len: tokens a request may have.
         dtype: what the cache holds.
         num_host_blocks: blocks of host memory that preempted requests may be swapped to.
+        structures: compiles structured outputs; None serves requests without any.
     """
 
     def __init__(
@@ -69,10 +72,12 @@ class ModelRunner:
         max_model_len: int,
         dtype: str,
         num_host_blocks: int = 0,
+        structures: StructuredOutputs | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.kernels = kernels
+        self.structures = structures
         self._num_kv_blocks = num_kv_blocks
         self.rows = RequestRows(max_num_seqs, max_model_len, block_size)
         self.sampler = Sampler(config.eos_token_ids)
@@ -117,12 +122,29 @@ class ModelRunner:
                     token_ids=() if token is None else (token.token_id,),
                     logprobs=None if token is None or token.logprobs is None else (token.logprobs,),
                     prompt_logprobs=prompt_logprobs,
+                    embedding=None
+                    if params.pooling is None
+                    else self._pool(batch, index, arrays, hidden),
                 )
             )
             if token is not None:
                 self.rows.append_token(scheduled.request_id, token.token_id)
         clock.lap("sample")
         return StepOutput(tuple(outputs), clock.seconds)
+
+    def warm_up(self) -> None:
+        """Run the model once on two made-up sequences, writing nothing to the cache."""
+        arrays = BatchArrays(
+            token_ids=np.zeros(4, np.int64),
+            positions=np.array([0, 0, 1, 2], np.int64),
+            slot_mapping=np.full(4, -1, np.int64),
+            block_tables=np.zeros((2, 3), np.int32),
+            seq_lens=np.array([1, 3], np.int32),
+            query_start_loc=np.array([0, 1, 4], np.int32),
+            logits_rows=np.array([0, 3], np.int64),
+        )
+        hidden = self.model.forward(arrays, self.key_caches, self.value_caches)
+        self.model.logits(hidden[arrays.logits_rows])
 
     def close(self) -> None:
         """Drop the cache."""
@@ -161,10 +183,45 @@ class ModelRunner:
             prompt, output = self.rows.known_tokens(request_id)
             inputs.append(
                 SamplingInput(
-                    state.sampling_params, state.seed, prompt, output, state.bad_words_token_ids
+                    state.sampling_params,
+                    state.seed,
+                    prompt,
+                    output,
+                    state.bad_words_token_ids,
+                    self._allowed(state, output),
                 )
             )
         return dict(zip(ids, self.sampler.sample(logits, inputs), strict=True))
+
+    def _allowed(self, state: RequestRow, output: Array) -> npt.NDArray[np.bool_] | None:
+        """Tokens ``[vocab]`` that a request's structure allows next; None: all of them."""
+        structure = state.sampling_params.structured_output
+        if structure is None or self.structures is None:
+            return None
+        # A row is made anew after a preemption, and so is its matcher.
+        matcher = state.extra.get("matcher")
+        if not isinstance(matcher, Matcher):
+            matcher = self.structures.matcher(structure)
+            state.extra["matcher"] = matcher
+        return matcher.allowed(output)
+
+    def _pool(
+        self, batch: ScheduledBatch, index: int, arrays: BatchArrays, hidden: Array
+    ) -> tuple[float, ...] | None:
+        """A pooling request's embedding ``[hidden]`` once its whole prompt is computed."""
+        scheduled = batch.requests[index]
+        state = self.rows[scheduled.request_id]
+        first, end = (int(row) for row in arrays.query_start_loc[index : index + 2])
+        if state.sampling_params.pooling == "last":
+            pooled = np.asarray(hidden[end - 1 : end], np.float64)[0]
+        else:
+            # A prompt may come in several steps.
+            part = np.asarray(hidden[first:end], np.float64).sum(axis=0)
+            so_far: Any = state.extra.get("hidden_sum", 0.0)
+            pooled = so_far + part
+            state.extra["hidden_sum"] = pooled
+            pooled = pooled / state.num_prompt_tokens
+        return tuple(pooled.tolist()) if scheduled.samples else None
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, index: int, arrays: BatchArrays, hidden: Array

@@ -27,6 +27,7 @@ class SamplingInput:
     prompt_token_ids: npt.NDArray[np.int32]  # [num_prompt_tokens]
     output_token_ids: npt.NDArray[np.int32]  # [num_output_tokens]
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed: npt.NDArray[np.bool_] | None = None  # [vocab], what a structure allows next
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Sampler:
             logits[list(params.logit_bias)] += np.array(
                 list(params.logit_bias.values()), np.float32
             )
+        if request.allowed is not None:
+            logits = np.where(request.allowed, logits, np.float32(-np.inf))
         forbidden = self._forbidden(request)
         if forbidden:
             logits = sampling.forbid(logits, forbidden)
@@ -143,6 +146,7 @@ def _is_plain_greedy(request: SamplingInput) -> bool:
         params.greedy
         and not params.logit_bias
         and not request.bad_words_token_ids
+        and request.allowed is None
         and params.repetition_penalty == 1.0
         and not params.presence_penalty
         and not params.frequency_penalty

@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI and Ollama routes over one engine process."""
