@@ -25,19 +25,23 @@ from .ptx import F32, U32, U64
 
 WARPS = 4
 THREADS = 32 * WARPS
-TILE = 16  # tokens of a warp's step
-RING_BYTES = 24576  # of a warp, at most
+RING_BYTES = 16384  # of a warp, at most
 
 
 def box_slots(block_size: int) -> int:
     """Tokens that one copy brings; 0 where this rung can't serve the block size."""
-    if block_size % TILE == 0:
-        return TILE
+    if block_size % 16 == 0:
+        return 16
     return 8 if block_size == 8 else 0
 
 
+def tile_tokens(head_dim: int) -> int:
+    """Tokens of a warp's step: twice as many for small heads, whose tiles are soon computed."""
+    return 32 if head_dim <= 64 else 16
+
+
 def _stages(head_dim: int) -> int:
-    return max(2, min(6, RING_BYTES // (2 * -(-head_dim // 64) * TILE * 128)))
+    return max(2, RING_BYTES // (2 * -(-head_dim // 64) * 128 * tile_tokens(head_dim)))
 
 
 @functools.cache
@@ -55,6 +59,9 @@ def bulk_decode_kernel(
     HEAD_TILES = -(-GROUP // HEADS)
     TILE_HEADS = min(GROUP, HEADS)
     NUM_Q = NUM_KV * GROUP
+    TILE = tile_tokens(DIM)
+    SUBTILES = TILE // 16
+    SCORES = 4 * SUBTILES
     ROUND = WARPS * TILE
     STAGES = _stages(DIM)
     BOX = box_slots(BLOCK)
@@ -194,7 +201,7 @@ def bulk_decode_kernel(
                 q[2 * k] = ptx.load4(query, at + U64(16 * k))
                 q[2 * k + 1] = ptx.load4(query, at + U64(16 * k + 8))
         sums = cuda.local.array(SUMS, F32)
-        scores = cuda.local.array(4, F32)
+        scores = cuda.local.array(SCORES, F32)
         for i in range(PER_THREAD):
             total[U32(thread + U32(i * THREADS))] = F32(0.0)
             total_highest[U32(thread + U32(i * THREADS))] = F32(NOTHING)
@@ -220,38 +227,42 @@ def bulk_decode_kernel(
                 keys = U32(ring + stage * U32(STAGE_BYTES))
                 values = U32(keys + U32(VALUES_AT))
                 if U32(t0 + U32(TILE)) > first:
-                    # 5 Scores of 16 tokens (rows) for 8 heads (columns).
-                    for i in range(4):
+                    # 5 Scores of TILE tokens (rows) for 8 heads (columns).
+                    for i in range(SCORES):
                         scores[i] = F32(0.0)
                     for k in range(STEPS):
                         piece = U32(U32(2 * (k % 4)) + i1) ^ r
-                        a = ptx.load_matrix(
-                            U32(keys + U32((k // 4) * HALF_BYTES) + key_row + piece * U32(16))
-                        )
-                        mma(scores, 0, a[0], a[1], a[2], a[3], q[2 * k], q[2 * k + 1])
+                        at = U32(keys + U32((k // 4) * HALF_BYTES) + key_row + piece * U32(16))
+                        for u in range(SUBTILES):
+                            a = ptx.load_matrix(U32(at + U32(u * 2048)))
+                            mma(scores, 4 * u, a[0], a[1], a[2], a[3], q[2 * k], q[2 * k + 1])
                     # 6 Scale, cap and mask. Rows that may not be seen may hold anything, NaN too,
                     #   and 0 times NaN is NaN: their values are cleared.
-                    for i in range(4):
+                    for i in range(SCORES):
                         if capped:
                             scores[i] = cap * ptx.tanh(scores[i] * scale)
                         else:
                             scores[i] = scores[i] * scale
                     if t0 < first or U32(t0 + U32(TILE)) > end:
-                        for i in range(4):
-                            key = U32(t0 + g + U32(8 * (i // 2)))
+                        for i in range(SCORES):
+                            key = U32(t0 + g + U32(16 * (i // 4) + 8 * ((i // 2) % 2)))
                             if key < first or key >= end:
                                 scores[i] = F32(NOTHING)
-                        row = U32(lane & U32(15))
-                        if U32(t0 + row) < first or U32(t0 + row) >= end:
-                            for i in range(4 * HALVES):
-                                at4 = U32(U32(i * 2) + i1)  # of the 8 pieces of each half
-                                to = U32(values + U32(at4 >> U32(3)) * U32(HALF_BYTES))
-                                to = U32(to + row * U32(128) + (at4 & U32(7)) * U32(16))
-                                ptx.store16_shared(to, U32(0), U32(0), U32(0), U32(0))
+                        for u in range(SUBTILES):
+                            row = U32(U32(lane & U32(15)) + U32(16 * u))
+                            if U32(t0 + row) < first or U32(t0 + row) >= end:
+                                for i in range(4 * HALVES):
+                                    clear = U32(U32(i * 2) + i1)  # of the 8 pieces of each half
+                                    to = U32(values + U32(clear >> U32(3)) * U32(HALF_BYTES))
+                                    to = U32(to + row * U32(128) + (clear & U32(7)) * U32(16))
+                                    ptx.store16_shared(to, U32(0), U32(0), U32(0), U32(0))
                         ptx.fence_async_shared()
                         ptx.sync_warp()
-                    top0 = ptx.fmax(highest0, ptx.fmax(scores[0], scores[2]))
-                    top1 = ptx.fmax(highest1, ptx.fmax(scores[1], scores[3]))
+                    top0 = highest0
+                    top1 = highest1
+                    for u in range(SUBTILES):
+                        top0 = ptx.fmax(top0, ptx.fmax(scores[4 * u], scores[4 * u + 2]))
+                        top1 = ptx.fmax(top1, ptx.fmax(scores[4 * u + 1], scores[4 * u + 3]))
                     for i in range(2, 5):
                         top0 = ptx.fmax(top0, ptx.shuffle_xor(top0, U32(1 << i)))
                         top1 = ptx.fmax(top1, ptx.shuffle_xor(top1, U32(1 << i)))
@@ -259,26 +270,28 @@ def bulk_decode_kernel(
                     keep1 = ptx.exp2(highest1 - top1)
                     highest0 = top0
                     highest1 = top1
-                    p0 = ptx.exp2(scores[0] - top0)
-                    p1 = ptx.exp2(scores[1] - top1)
-                    p2 = ptx.exp2(scores[2] - top0)
-                    p3 = ptx.exp2(scores[3] - top1)
-                    mass0 = mass0 * keep0 + (p0 + p2)
-                    mass1 = mass1 * keep1 + (p1 + p3)
+                    mass0 = mass0 * keep0
+                    mass1 = mass1 * keep1
                     for i in range(STEPS):
                         sums[4 * i] *= keep0
                         sums[4 * i + 1] *= keep1
                         sums[4 * i + 2] *= keep0
                         sums[4 * i + 3] *= keep1
                     # 7 Values times probabilities, which are transposed in registers.
-                    b0 = ptx.transpose8x8(pack(p0, p1))
-                    b1 = ptx.transpose8x8(pack(p2, p3))
-                    for k in range(STEPS):
-                        piece = U32(U32(2 * (k % 4)) + i0) ^ r
-                        a = ptx.load_matrix_transposed(
-                            U32(values + U32((k // 4) * HALF_BYTES) + value_row + piece * U32(16))
-                        )
-                        mma(sums, 4 * k, a[0], a[1], a[2], a[3], b0, b1)
+                    for u in range(SUBTILES):
+                        p0 = ptx.exp2(scores[4 * u] - top0)
+                        p1 = ptx.exp2(scores[4 * u + 1] - top1)
+                        p2 = ptx.exp2(scores[4 * u + 2] - top0)
+                        p3 = ptx.exp2(scores[4 * u + 3] - top1)
+                        mass0 += p0 + p2
+                        mass1 += p1 + p3
+                        b0 = ptx.transpose8x8(pack(p0, p1))
+                        b1 = ptx.transpose8x8(pack(p2, p3))
+                        for k in range(STEPS):
+                            piece = U32(U32(2 * (k % 4)) + i0) ^ r
+                            at = U32(values + U32((k // 4) * HALF_BYTES + u * 2048) + value_row)
+                            a = ptx.load_matrix_transposed(U32(at + piece * U32(16)))
+                            mma(sums, 4 * k, a[0], a[1], a[2], a[3], b0, b1)
                 # 8 This tile's place is free for the one that comes STAGES later.
                 ptx.sync_warp()
                 if ahead < end:

@@ -141,7 +141,8 @@ def folding(dtype: str, GROUP: int, DIM: int, WARPS: int) -> Folding:
                     result = total[e] * ptx.reciprocal(total_mass[e])
                     out[first_out + U64(e)] = ptx.U16(pack(result, F32(0.0)) & U32(0xFFFF))
         else:
-            cuda.threadfence()
+            # The barrier orders the block's writes before thread 0's releasing add, and its
+            # acquiring half before the block's reads: no fence of every thread is needed.
             cuda.syncthreads()
             if thread == U32(0):
                 arrived[0] = ptx.atomic_add(tickets, ticket, U32(1))
@@ -150,7 +151,6 @@ def folding(dtype: str, GROUP: int, DIM: int, WARPS: int) -> Folding:
             if last:
                 if thread == U32(0):
                     tickets[ticket] = U32(0)  # as the next launch wants to find it
-                cuda.threadfence()
         if blocks > U32(1) and last:
             read = cuda.local.array(AHEAD_WORDS, F32)
             stats = cuda.local.array(AHEAD_WORDS, F32)

@@ -25,6 +25,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _MULTIPROCESSOR_COUNT, _COMPUTE_MAJOR, _COMPUTE_MINOR = 16, 75, 76  # CUdevice_attribute
 
+OVERLAP = True
 _stream = 0
 
 
@@ -303,7 +304,7 @@ class Kernel:
         if self.shared_bytes > 48 * 1024:
             code = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, self.shared_bytes)
             _check(code, f"asking for {self.shared_bytes} bytes of shared memory")
-        if capability >= (9, 0) and "griddepcontrol.wait" in text:
+        if OVERLAP and capability >= (9, 0) and "griddepcontrol.wait" in text:
             self._config.attributes = ctypes.pointer(self._overlap)
             self._config.num_attributes = 1
         self._handle = handle

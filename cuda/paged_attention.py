@@ -21,6 +21,7 @@ from . import (
     attention_decode_bulk,
     attention_plain,
     attention_prefill,
+    attention_prefill_bulk,
     attention_splits,
     attention_vectors,
     checks,
@@ -37,6 +38,7 @@ UNLIMITED = 1 << 30
 _partial_sums = launch.Scratch(ptx.POINTER_F32)
 _partial_stats = launch.Scratch(ptx.POINTER_F32)
 _tickets = launch.Scratch(ptx.POINTER_U32)
+_queue = launch.Scratch(ptx.POINTER_U32)
 
 
 class Problem(NamedTuple):
@@ -268,12 +270,28 @@ def run_decode(
     )
 
 
-def run_prefill(problem: Problem, max_decode_tokens: int) -> None:
-    """The mma.sync prefill rung, for sequences of more than ``max_decode_tokens`` new tokens."""
+def run_prefill(problem: Problem, max_decode_tokens: int, *, bulk: bool | None = None) -> None:
+    """The prefill rungs, for sequences of more than ``max_decode_tokens`` new tokens.
+
+    ``bulk`` says whether it is Hopper's; None lets device and shape decide.
+    """
     p = problem
-    kernel = attention_prefill.prefill_kernel(
-        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.window > 0, p.capped
-    )
-    rows = attention_prefill.rows_of_tile(p.head_dim)
-    grid = (p.num_q_heads, p.num_tokens // rows + p.num_seqs, 1)
+    shape = p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size
+    options = p.window > 0, p.capped
+    box = attention_decode_bulk.box_slots(p.block_size)
+    if bulk is None:
+        bulk = launch.compute_capability() == (9, 0) and box > 0
+    if bulk:
+        kernel = attention_prefill_bulk.bulk_prefill_kernel(*shape, box, *options)
+        maps = [launch.tensor_maps.get(cache, p.dtype, box) for cache in p.caches]
+        tiles = p.num_tokens // attention_prefill_bulk.ROWS + p.num_seqs
+        kernel(
+            (min(launch.num_multiprocessors(), tiles * p.num_q_heads), 1, 1),
+            *(p.arrays[0], *maps, *p.arrays[3:], _queue.get(2)),
+            *(p.num_seqs, tiles, max_decode_tokens, *p.numbers),
+        )
+        return
+    kernel = attention_prefill.prefill_kernel(*shape, *options)
+    tiles = p.num_tokens // attention_prefill.rows_of_tile(p.head_dim) + p.num_seqs
+    grid = (p.num_q_heads, tiles, 1)
     kernel(grid, *p.arrays, p.num_seqs, max_decode_tokens, *p.numbers)

@@ -551,3 +551,9 @@ def wgmma_wait(count, pending):
         return types.void(array), codegen
 
     return wait
+
+
+def set_registers(direction, count):
+    """``f()``: this group of four warps holds ``count`` registers a thread from here on."""
+    text = f"setmaxnreg.{direction}.sync.aligned.u32 {count};"
+    return _asm(types.void, (), text, _MEMORY, side_effect=True)
