@@ -114,7 +114,9 @@ class GGUFFile:
     def _read_header(self) -> None:
         # 1 Magic, version and counts.
         if self._file.map[:4] != b"GGUF":
-            raise ModelLoadError(f"{self.path} is not a GGUF file")
+            raise ModelLoadError(
+                f"{self.path} is not a GGUF file; name a .gguf file or a model's directory"
+            )
         self._at = 4
         version = self._unpack("I")
         if version not in (2, 3):
@@ -178,6 +180,19 @@ class GGUFFile:
         self._at = end
         return text
 
+    def _strings(self, count: int) -> list[str]:
+        """Many texts: vocabularies have a hundred thousand, so this loop is kept bare."""
+        data, size, unpack = self._file.map, self._file.size, struct.Struct("<Q").unpack_from
+        texts, at = [], self._at
+        for _ in range(count):
+            start = at + 8
+            at = start + unpack(data, at)[0]
+            if at > size:
+                raise IndexError(f"a text that ends at byte {at}")
+            texts.append(data[start:at].decode("utf-8"))
+        self._at = at
+        return texts
+
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
@@ -188,6 +203,8 @@ class GGUFFile:
         return self._unpack(_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> list[Any]:
+        if kind == _STRING:
+            return self._strings(count)
         if kind not in _SCALARS:
             return [self._value(kind) for _ in range(count)]
         end = self._at + count * struct.calcsize(_SCALARS[kind])

@@ -46,9 +46,10 @@ def open_model(config: EngineConfig, *, progress: bool = False) -> ModelFiles:
         # A benchmark of a model's shape needs no words.
         if config.load_format != "dummy" or config.tokenizer is not None:
             raise
-    if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+    # Added tokens may lie beyond: Gemma 3's smallest text model has one for images, never used.
+    if tokenizer is not None and tokenizer.base_vocab_size > model_config.vocab_size:
         raise ModelLoadError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocabulary "
+            f"the tokenizer has {tokenizer.base_vocab_size} tokens and the model's vocabulary "
             f"{model_config.vocab_size}; they do not belong together"
         )
     return ModelFiles(

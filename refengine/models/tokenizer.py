@@ -125,6 +125,12 @@ class Tokenizer:
         return size
 
     @cached_property
+    def base_vocab_size(self) -> int:
+        """Number of tokens without those that were added to the trained vocabulary."""
+        size: int = self.backend.get_vocab_size(with_added_tokens=False)
+        return size
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that ``skip_special_tokens`` leaves out."""
         added = self.backend.get_added_tokens_decoder()
