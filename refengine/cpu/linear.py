@@ -14,7 +14,7 @@ import numpy as np
 
 from refengine.cpu.arrays import SERIAL_ELEMENTS, Array
 from refengine.cpu.jit import parallel
-from refengine.cpu.matrix_product import block_kernel, multiply_share
+from refengine.cpu.matrix_product import block_kernel, multiply_item, product_items
 from refengine.cpu.packing import (
     PackedWeight,
     allocate_weights,
@@ -23,7 +23,7 @@ from refengine.cpu.packing import (
     store_vector,
     store_weight,
 )
-from refengine.cpu.simd_memory import flat
+from refengine.cpu.simd_memory import fetch_add, flat
 from refengine.cpu.words import allocate_words, fill_words
 from refengine.reference.validation import check_linear
 
@@ -73,32 +73,28 @@ def _check(x: Array, weight: Any, bias: Array | None, out: Array) -> None:
 
 @parallel
 def _linear(
-    kernel: Any, x: Any, panels: Any, init: Any, words: Any, out: Any, workers: Any
+    kernel: int, x: Any, panels: Any, init: Any, words: Any, out: Any, workers: int
 ) -> None:
     num_tokens, in_features = x.shape
     if num_tokens * in_features < SERIAL_ELEMENTS:
         for t in range(num_tokens):
             fill_words(
-                flat(x), t * in_features, flat(panels), flat(words), t * words.shape[1], in_features
-            )
+                flat(x), t * in_features, flat(panels), flat(words), t * words.shape[1], 0,
+                in_features,
+            )  # fmt: skip
     else:
         for t in numba.prange(num_tokens):
             fill_words(
-                flat(x), t * in_features, flat(panels), flat(words), t * words.shape[1], in_features
-            )
-    for worker in numba.prange(workers):
-        multiply_share(
-            kernel,
-            worker,
-            workers,
-            flat(panels),
-            0,
-            panels.shape[1],
-            flat(words),
-            words.shape[1],
-            flat(init),
-            0,
-            flat(out),
-            out.shape[0],
-            out.shape[1],
-        )
+                flat(x), t * in_features, flat(panels), flat(words), t * words.shape[1], 0,
+                in_features,
+            )  # fmt: skip
+    items = product_items(out.shape[0], out.shape[1], workers)
+    queue = np.zeros(1, np.int64)
+    for _ in numba.prange(workers):
+        item = fetch_add(queue, 0, 1)
+        while item < items:
+            multiply_item(
+                kernel, item, workers, flat(panels), 0, panels.shape[1], flat(words),
+                words.shape[1], flat(init), 0, flat(out), out.shape[0], out.shape[1],
+            )  # fmt: skip
+            item = fetch_add(queue, 0, 1)

@@ -1,4 +1,4 @@
-"""A worker's share of a matrix product: which tiles it multiplies, in which order.
+"""A matrix product cut into items for threads: which tiles each multiplies, in which order.
 
 The outputs are cut into groups of ``TILE_PANELS`` panels, the rows into tiles. A group is
 multiplied by all tiles of a block of rows before the next group's turn: its weights come from
@@ -12,12 +12,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 
+from refengine.cpu.calls import call_address
 from refengine.cpu.jit import compiled_address, inner
 from refengine.cpu.packing import PANEL
-from refengine.cpu.simd import intrinsic
 from refengine.cpu.tile_kernels import (
     TILE_PANELS,
     TILE_ROWS,
@@ -26,7 +25,7 @@ from refengine.cpu.tile_kernels import (
     words_a_step,
 )
 
-# Rows that one thread multiplies with a group of panels before it turns to the next group.
+# Rows of an item at most.
 BLOCK_ROWS = 64
 # Lines of a panel that are used at a time where there are several tiles: three panels of them stay
 # in a core's second-level cache from one tile to the next.
@@ -34,27 +33,27 @@ BLOCK_STEPS = 2048
 
 
 @inner
-def multiply_share(
-    kernel: Any,
-    worker: Any,
-    workers: Any,
-    weights: Any,
-    weights_at: Any,
-    steps: Any,
-    words: Any,
-    words_stride: Any,
-    init: Any,
-    init_at: Any,
-    out: Any,
-    num_tokens: Any,
-    out_features: Any,
-) -> None:
-    """One worker's part of a product: some panels of all rows, or some of the blocks of rows.
+def product_items(num_tokens: int, out_features: int, workers: int) -> int:
+    """How many items ``multiply_item`` cuts a product into, for threads to share."""
+    group, blocks = _cut(num_tokens, out_features, workers)
+    num_panels = -(-out_features // PANEL)
+    return -(-num_panels // group) * blocks
+
+
+@inner
+def multiply_item(
+    kernel: int, item: int, workers: int, weights: Any, weights_at: int, steps: int,
+    words: Any, words_stride: int, init: Any, init_at: int,
+    out: Any, num_tokens: int, out_features: int,
+) -> None:  # fmt: skip
+    """One part of a product: a group of panels by a block of rows.
+
+    Neighbouring items share a group: its weights are in the cache when the next block comes.
 
     Args:
         kernel: from ``block_kernel``.
-        worker: 0 to ``workers - 1``.
-        workers: how many share the product.
+        item: 0 to ``product_items(...) - 1``.
+        workers: threads that share the product; results do not depend on it.
         weights: flat packed matrix, or a stack.
         weights_at: where the matrix begins in it.
         steps: lines a panel.
@@ -66,55 +65,31 @@ def multiply_share(
         num_tokens: rows.
         out_features: columns.
     """
+    group, blocks = _cut(num_tokens, out_features, workers)
     num_panels = -(-out_features // PANEL)
-    if num_tokens <= BLOCK_ROWS:
-        _call_block(
-            kernel,
-            weights,
-            weights_at,
-            steps,
-            words,
-            words_stride,
-            init,
-            init_at,
-            out,
-            out_features,
-            0,
-            num_tokens,
-            num_panels * worker // workers,
-            num_panels * (worker + 1) // workers,
-        )
-        return
-    # Many rows: blocks of rows by groups of panels, groups outermost so that their weights stay.
-    num_groups = -(-num_panels // TILE_PANELS)
-    num_blocks = -(-num_tokens // BLOCK_ROWS)
-    num_items = num_groups * num_blocks
-    for item in range(num_items * worker // workers, num_items * (worker + 1) // workers):
-        group, block = item // num_blocks, item % num_blocks
-        _call_block(
-            kernel,
-            weights,
-            weights_at,
-            steps,
-            words,
-            words_stride,
-            init,
-            init_at,
-            out,
-            out_features,
-            num_tokens * block // num_blocks,
-            num_tokens * (block + 1) // num_blocks,
-            group * TILE_PANELS,
-            min((group + 1) * TILE_PANELS, num_panels),
-        )
+    panel, block = item // blocks * group, item % blocks
+    call_address(
+        kernel, weights, weights_at, steps, words, words_stride, init, init_at, out, out_features,
+        num_tokens * block // blocks, num_tokens * (block + 1) // blocks,
+        panel, min(panel + group, num_panels),
+    )  # fmt: skip
+
+
+@inner
+def _cut(num_tokens: int, out_features: int, workers: int) -> tuple[int, int]:
+    """Panels an item, and blocks of rows."""
+    num_groups = -(-out_features // (PANEL * TILE_PANELS))
+    blocks = max(1, -(-num_tokens // BLOCK_ROWS))
+    # A few large items would leave threads without work at the end.
+    group = TILE_PANELS if num_groups * blocks >= 4 * workers else 1
+    return group, blocks
 
 
 @lru_cache
 def block_kernel(weights: np.dtype[Any], words: np.dtype[Any]) -> int:
     """The address of ``_multiply_block`` compiled for weights and words of these dtypes.
 
-    Whoever multiplies calls it through its address. Linked in, its tiles would be optimised anew
-    in every function on the way up to the caller, a second each time.
+    Callers call it by address (calls.py): its tiles take a second to compile.
     """
     pointers = [types.CPointer(numba.from_dtype(np.dtype(d))) for d in (weights, words)]
     sums, size = types.CPointer(types.float32), types.intp
@@ -122,43 +97,6 @@ def block_kernel(weights: np.dtype[Any], words: np.dtype[Any]) -> int:
         pointers[0], size, size, pointers[1], size, sums, size, sums, size, *[size] * 4
     )
     return compiled_address(_multiply_block, signature)
-
-
-@intrinsic
-def _call_block(
-    typing_context: Any,
-    kernel: Any,
-    weights: Any,
-    weights_at: Any,
-    steps: Any,
-    words: Any,
-    words_stride: Any,
-    init: Any,
-    init_at: Any,
-    out: Any,
-    out_features: Any,
-    first_row: Any,
-    last_row: Any,
-    first_panel: Any,
-    last_panel: Any,
-) -> Any:
-    """Call ``_multiply_block`` at the address ``kernel``, with flat arrays as operands."""
-    size = types.intp
-    signature = types.void(size, weights, size, size, words, size, init, size, out, *[size] * 5)
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        operands = []
-        for kind, value in zip(signature.args[1:], args[1:], strict=True):
-            is_array = isinstance(kind, types.Array)
-            operands.append(
-                context.make_array(kind)(context, builder, value).data if is_array else value
-            )
-        function = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
-        pointer = builder.inttoptr(args[0], function.as_pointer())
-        builder.call(pointer, operands)
-        return context.get_dummy_value()
-
-    return signature, code
 
 
 def _multiply_block(
@@ -178,7 +116,7 @@ def _multiply_block(
 ) -> None:
     """Rows ``first_row .. last_row - 1`` by panels ``first_panel .. last_panel - 1``.
 
-    Operands are pointers; the rest is as in ``multiply_share``.
+    Operands are pointers; the rest is as in ``multiply_item``.
     """
     line = line_elements(weights)
     panel_stride = steps * line

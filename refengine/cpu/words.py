@@ -73,16 +73,21 @@ def _store_words(
 
 
 @inner
-def fill_words(x: Any, x_at: Any, weights: Any, words: Any, words_at: Any, count: Any) -> None:
-    """One row of x as words for ``weights``; what follows its end up to 16 inputs becomes zero.
+def fill_words(
+    x: Any, x_at: int, weights: Any, words: Any, words_at: int, first: int, count: int
+) -> None:
+    """Inputs ``first .. first + count - 1`` of one row of x as words for ``weights``.
+
+    What follows them up to a multiple of 16 inputs becomes zero.
 
     Args:
-        x: flat, float32.
+        x: flat float32.
         x_at: where the row begins in it.
         weights: flat panels, for their type.
         words: flat, of ``word_dtype``.
-        words_at: where the row's words go.
-        count: inputs of the row.
+        words_at: where the row's words begin.
+        first: a multiple of 16.
+        count: inputs.
     """
-    for i in range(0, count, LANES):
-        _store_words(weights, words, words_at, i, load_first(x, x_at + i, count - i))
+    for i in range(first, first + count, LANES):
+        _store_words(weights, words, words_at, i, load_first(x, x_at + i, first + count - i))
