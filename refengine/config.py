@@ -105,7 +105,7 @@ class EngineConfig:
     block_size: int = 16  # tokens a block
     max_model_len: int | None = None  # tokens a request may have; None: the model's own
     max_num_seqs: int = 256  # requests in one step
-    max_num_batched_tokens: int = 2048  # tokens in one step
+    max_num_batched_tokens: int | None = None  # tokens in one step; None: by backend
     enable_chunked_prefill: bool = True
     num_kv_blocks: int | None = None  # None: as many as the memory setting below gives
     kv_cache_memory_bytes: int | None = None

@@ -34,6 +34,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_CACHE_SHARE = 0.25
 
 
+DEFAULT_BATCHED_TOKENS = {"reference": 512, "cpu": 512, "cuda": 8192}
+
 # Loading compiled kernels from disk is quicker than this; compiling them is not.
 COMPILE_NOTICE_SECONDS = 3.0
 
@@ -142,7 +144,7 @@ def build_engine(
             num_blocks=num_kv_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=choose_max_num_batched_tokens(config, backend, max_model_len),
             max_model_len=max_model_len,
             enable_chunked_prefill=config.enable_chunked_prefill,
         ),
@@ -213,6 +215,18 @@ def choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"{model.max_position_embeddings}; ask for at most that"
         )
     return config.max_model_len
+
+
+def choose_max_num_batched_tokens(config: EngineConfig, backend: str, max_model_len: int) -> int:
+    """Tokens in one step: what was asked for, or what a device computes at its full rate.
+
+    More than that only makes running answers wait longer for a neighbour's prompt. Without chunked
+    prefill, a step must take the longest prompt whole.
+    """
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    tokens = max(DEFAULT_BATCHED_TOKENS[backend], config.max_num_seqs)
+    return tokens if config.enable_chunked_prefill else max(tokens, max_model_len)
 
 
 def choose_num_kv_blocks(

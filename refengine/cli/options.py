@@ -125,9 +125,8 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--max-num-batched-tokens",
             type=click.IntRange(1),
-            default=defaults.max_num_batched_tokens,
-            show_default=True,
-            help="Tokens in one step, over all requests.",
+            default=None,
+            help="Tokens in one step, over all requests. [default: 512, on CUDA 8192]",
         ),
         click.option(
             "--enable-chunked-prefill/--no-enable-chunked-prefill",

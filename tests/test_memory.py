@@ -1,0 +1,33 @@
+"""Peak memory: the weights, the cache, and at most 300 MB for everything else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, resource, sys
+from refengine import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype=sys.argv[2], backend="cpu", kv_cache_memory_bytes=2**26)
+loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+prompts = [{"prompt_token_ids": list(range(5, 305))}] * 8
+llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+parameters = llm.loaded.model_config.num_parameters
+print(json.dumps({"loaded": loaded, "peak": peak, "parameters": parameters}))
+"""
+
+
+@pytest.mark.model
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_peak_is_weights_and_cache_and_a_process(smollm2_path, dtype, size):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(smollm2_path), dtype],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    result = json.loads(run.stdout)
+    weights = result["parameters"] * size
+    assert result["loaded"] < weights + 2**26 + 300e6
+    assert result["peak"] < weights + 2**26 + 300e6
