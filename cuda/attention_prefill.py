@@ -19,7 +19,7 @@ from typing import Any
 from numba import cuda
 
 from . import ptx
-from .attention_rows import NOTHING
+from .attention_rows import NOTHING, UNSEEN
 from .launch import Kernel
 from .ptx import F32, U32, U64
 
@@ -240,7 +240,7 @@ def prefill_kernel(
                     shrink = ptx.exp2(highest[2 * m + r] - top)
                     highest[2 * m + r] = top
                     # A row that has seen nothing yet must not take exp(nothing - nothing) for 1.
-                    base = top if top > F32(0.5 * NOTHING) else F32(0.0)
+                    base = top if top > F32(UNSEEN) else F32(0.0)
                     whole = mass[2 * m + r] * shrink
                     for n in range(K_TILES):
                         s = (m * K_TILES + n) * 4 + 2 * r

@@ -22,7 +22,7 @@ from numba import cuda
 
 from . import ptx
 from .attention_prefill import find_tile
-from .attention_rows import NOTHING
+from .attention_rows import NOTHING, UNSEEN
 from .launch import Kernel
 from .ptx import F32, U32, U64
 
@@ -33,6 +33,7 @@ THREADS = CONSUMERS + 128
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 CONSUMER_WARPS = CONSUMERS // 32
 STAGES = 2
+PING_PONG = True  # the groups take turns at the tensor cores
 NO_MORE = 0xFFFFFFFF
 # Descriptor of a 128-byte swizzled matrix whose groups of eight rows are 1,024 bytes apart.
 SWIZZLED = (1 << 62) | (64 << 32)
@@ -77,7 +78,10 @@ def bulk_prefill_kernel(
     LANE_COPIES = -(-COPIES // 32)
     D_TILES, K_TILES = DIM // 8, KEYS // 8
     SUMS, SCORES, WEIGHTS = 4 * D_TILES, 4 * K_TILES, 2 * K_TILES
-    BARRIERS_AT = Q_BYTES + 2 * STAGES * K_BYTES
+    # Two places for queries where they fit: the next tile's come while this one is computed.
+    Q_STAGES = 2 if 2 * Q_BYTES + 2 * STAGES * K_BYTES <= 224 * 1024 else 1
+    BARRIERS_AT = Q_STAGES * Q_BYTES + 2 * STAGES * K_BYTES
+    INFO_WORDS = 8 * Q_STAGES
     kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
     pack = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16}[dtype]
     steps = range(DIM // 16)
@@ -144,7 +148,7 @@ def bulk_prefill_kernel(
             shrink[r] = ptx.exp2(highest[r] - top)
             highest[r] = top
             # A row that has seen nothing yet must not take exp(nothing - nothing) for 1.
-            base = top if top > F32(0.5 * NOTHING) else F32(0.0)
+            base = top if top > F32(UNSEEN) else F32(0.0)
             whole = mass[r] * shrink[r]
             for n in range(K_TILES):
                 s = 4 * n + 2 * r
@@ -166,22 +170,23 @@ def bulk_prefill_kernel(
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         memory = cuda.shared.array(0, U32)
-        tile_info = cuda.shared.array(8, U32)
+        tile_info = cuda.shared.array(INFO_WORDS, U32)
         thread = U32(cuda.threadIdx.x)
         lane, warp = thread & U32(31), thread >> U32(5)
         q_at = U32(U32(ptx.shared_address(memory)) + U32(1023)) & U32(0xFFFFFC00)
-        k_at = U32(q_at + U32(Q_BYTES))
+        k_at = U32(q_at + U32(Q_STAGES * Q_BYTES))
         v_at = U32(k_at + U32(STAGES * K_BYTES))
-        # Barriers, 8 bytes each: query full and empty, then full and empty of each stage.
+        # Barriers, 8 bytes each: full and empty of each place for queries, keys and values.
         q_full = U32(q_at + U32(BARRIERS_AT))
-        q_empty = U32(q_full + U32(8))
-        k_full = U32(q_full + U32(16))
+        q_empty = U32(q_full + U32(8 * Q_STAGES))
+        k_full = U32(q_full + U32(16 * Q_STAGES))
         k_empty = U32(k_full + U32(8 * STAGES))
         v_full = U32(k_full + U32(16 * STAGES))
         v_empty = U32(k_full + U32(24 * STAGES))
         if thread == U32(0):
-            ptx.barrier_init(q_full, U32(1))
-            ptx.barrier_init(q_empty, U32(CONSUMER_WARPS))
+            for i in range(Q_STAGES):
+                ptx.barrier_init(U32(q_full + U32(8 * i)), U32(1))
+                ptx.barrier_init(U32(q_empty + U32(8 * i)), U32(CONSUMER_WARPS))
             for i in range(STAGES):
                 ptx.barrier_init(U32(k_full + U32(8 * i)), U32(1))
                 ptx.barrier_init(U32(k_empty + U32(8 * i)), U32(CONSUMER_WARPS))
@@ -191,7 +196,7 @@ def bulk_prefill_kernel(
         cuda.syncthreads()
         k_stage, k_parity = U32(0), U32(0)
         v_stage, v_parity = U32(0), U32(0)
-        q_parity = U32(0)
+        q_stage, q_parity = U32(0), U32(0)
         working = True
 
         if warp >= U32(CONSUMER_WARPS):
@@ -221,49 +226,54 @@ def bulk_prefill_kernel(
                         length = U32(seq_lens[U64(sequence)])
                         q0 = U32(tile * U32(ROWS))
                         found = q0 < new_tokens and new_tokens > U32(max_decode_tokens)
-                # 2 Its queries, once the consumers have read the last ones.
-                ptx.barrier_wait(q_empty, q_parity ^ U32(1))
-                q_parity = q_parity ^ U32(1)
-                if lane == U32(0):
-                    tile_info[0] = U32(NO_MORE)
-                    if found:
-                        tile_info[0] = start
-                        tile_info[1] = new_tokens
-                        tile_info[2] = q0
-                        tile_info[3] = length
-                        tile_info[4] = query_head
-                key_tile, last_tile, end = U32(0), U32(0), U32(0)
+                # 2 Its newest keys, then its queries, when their places are free.
+                key_tile, last_tile = U32(0), U32(0)
                 table = U64(sequence) * U64(table_step)
                 kv_head = U32(query_head // U32(GROUP))
+                if found and length > U32(0):
+                    before = U32(length - new_tokens)
+                    end = U32(min(U32(before + q0 + U32(ROWS)), length))
+                    key_tile = U32(U32(end + U32(KEYS - 1)) // U32(KEYS))
+                    if windowed and U32(before + q0 + U32(1)) > U32(window):
+                        last_tile = U32(U32(before + q0 + U32(1) - U32(window)) // U32(KEYS))
+                    ptx.barrier_wait(U32(k_empty + k_stage * U32(8)), k_parity ^ U32(1))
+                    bring(key_map, kv_head, U32(key_tile - U32(1)),
+                          U32(k_at + k_stage * U32(K_BYTES)), U32(k_full + k_stage * U32(8)),
+                          block_tables, table, length, lane)  # fmt: skip
+                    k_stage = k_stage ^ U32(1)
+                    if k_stage == U32(0):
+                        k_parity = k_parity ^ U32(1)
+                ptx.barrier_wait(U32(q_empty + q_stage * U32(8)), q_parity ^ U32(1))
+                if lane == U32(0):
+                    info = U32(q_stage * U32(8))
+                    tile_info[info] = U32(NO_MORE)
+                    if found:
+                        tile_info[info] = start
+                        tile_info[U32(info + U32(1))] = new_tokens
+                        tile_info[U32(info + U32(2))] = q0
+                        tile_info[U32(info + U32(3))] = length
+                        tile_info[U32(info + U32(4))] = query_head
                 if found:
+                    place = U32(q_at + q_stage * U32(Q_BYTES))
                     for i in range(Q_COPIES):
                         c = U32(lane + U32(32 * i))
                         row, piece = U32(c // U32(PIECES)), U32(c % U32(PIECES))
                         token = U32(start + min(U32(q0 + row), U32(new_tokens - U32(1))))
                         at = U64(token) * U64(query_step)
                         at = at + U64(U32(query_head * U32(DIM) + piece * U32(8)))
-                        to = U32(q_at + U32(piece >> U32(3)) * U32(Q_HALF) + row * U32(128))
+                        to = U32(place + U32(piece >> U32(3)) * U32(Q_HALF) + row * U32(128))
                         to = U32(to + ((piece ^ row) & U32(7)) * U32(16))
                         ptx.copy16_async(to, query, at, U32(16))
                     ptx.copy_commit()
-                    if length > U32(0):
-                        before = U32(length - new_tokens)
-                        end = U32(min(U32(before + q0 + U32(ROWS)), length))
-                        key_tile = U32(U32(end + U32(KEYS - 1)) // U32(KEYS))
-                        if windowed and U32(before + q0 + U32(1)) > U32(window):
-                            last_tile = U32(U32(before + q0 + U32(1) - U32(window)) // U32(KEYS))
-                        ptx.barrier_wait(U32(k_empty + k_stage * U32(8)), k_parity ^ U32(1))
-                        bring(key_map, kv_head, U32(key_tile - U32(1)),
-                              U32(k_at + k_stage * U32(K_BYTES)), U32(k_full + k_stage * U32(8)),
-                              block_tables, table, length, lane)  # fmt: skip
-                        k_stage = k_stage ^ U32(1)
-                        if k_stage == U32(0):
-                            k_parity = k_parity ^ U32(1)
                 ptx.copy_wait_all()
                 ptx.fence_async_shared()
                 ptx.sync_warp()
                 if lane == U32(0):
-                    ptx.barrier_arrive(q_full)
+                    ptx.barrier_arrive(U32(q_full + q_stage * U32(8)))
+                q_stage = U32(q_stage + U32(1))
+                if q_stage == U32(Q_STAGES):
+                    q_stage = U32(0)
+                    q_parity = q_parity ^ U32(1)
                 # 3 Keys and values, newest first, keys a tile ahead.
                 while key_tile > last_tile:
                     key_tile = U32(key_tile - U32(1))
@@ -298,15 +308,26 @@ def bulk_prefill_kernel(
             mass = cuda.local.array(2, F32)
             shrink = cuda.local.array(2, F32)
             column0 = U32((lane & U32(3)) * U32(2))
-            q_matrix = U64(KEY_MATRIX) + U64(U32(q_at + U32(warp >> U32(2)) * U32(8192)) >> U32(4))
+            group = U32(warp >> U32(2))
+            if PING_PONG and group == U32(1):
+                ptx.arrive_named(U32(2), U32(CONSUMERS))  # group 0 begins
             while working:
-                ptx.barrier_wait(q_full, q_parity)
-                q_parity = q_parity ^ U32(1)
-                start = U32(tile_info[0])
+                ptx.barrier_wait(U32(q_full + q_stage * U32(8)), q_parity)
+                info = U32(q_stage * U32(8))
+                q_free = U32(q_empty + q_stage * U32(8))
+                q_place = U32(q_at + q_stage * U32(Q_BYTES) + group * U32(8192))
+                q_matrix = U64(KEY_MATRIX) + U64(q_place >> U32(4))
+                q_stage = U32(q_stage + U32(1))
+                if q_stage == U32(Q_STAGES):
+                    q_stage = U32(0)
+                    q_parity = q_parity ^ U32(1)
+                start = U32(tile_info[info])
                 working = start != U32(NO_MORE)
                 if working:
-                    new_tokens, q0 = U32(tile_info[1]), U32(tile_info[2])
-                    length, query_head = U32(tile_info[3]), U32(tile_info[4])
+                    new_tokens = U32(tile_info[U32(info + U32(1))])
+                    q0 = U32(tile_info[U32(info + U32(2))])
+                    length = U32(tile_info[U32(info + U32(3))])
+                    query_head = U32(tile_info[U32(info + U32(4))])
                     before = U32(0)
                     end = U32(0)
                     first = U32(0)
@@ -358,10 +379,14 @@ def bulk_prefill_kernel(
                             key_tile = U32(key_tile - U32(1))
                             ptx.barrier_wait(U32(k_full + k_stage * U32(8)), k_parity)
                             at = U32(k_at + k_stage * U32(K_BYTES)) >> U32(4)
+                            if PING_PONG:
+                                ptx.sync_named(U32(U32(2) + group), U32(CONSUMERS))
                             start_scores(scores, q_matrix, U64(KEY_MATRIX) + U64(at))
                             ptx.barrier_wait(U32(v_full + v_stage * U32(8)), v_parity)
                             at = U32(v_at + v_stage * U32(K_BYTES)) >> U32(4)
                             start_sums(sums, weights, U64(VALUE_MATRIX) + U64(at))
+                            if PING_PONG:
+                                ptx.arrive_named(U32(U32(3) - group), U32(CONSUMERS))
                             scores_ready_first(scores)
                             if lane == U32(0):
                                 ptx.barrier_arrive(U32(k_empty + k_stage * U32(8)))
@@ -383,7 +408,7 @@ def bulk_prefill_kernel(
                                     sums[4 * n + i] *= shrink[i // 2]
                         # 4 The oldest tile's values; the queries' place is free already.
                         if lane == U32(0):
-                            ptx.barrier_arrive(q_empty)
+                            ptx.barrier_arrive(q_free)
                         ptx.barrier_wait(U32(v_full + v_stage * U32(8)), v_parity)
                         at = U32(v_at + v_stage * U32(K_BYTES)) >> U32(4)
                         start_sums(sums, weights, U64(VALUE_MATRIX) + U64(at))
@@ -394,7 +419,7 @@ def bulk_prefill_kernel(
                         if v_stage == U32(0):
                             v_parity = v_parity ^ U32(1)
                     elif lane == U32(0):
-                        ptx.barrier_arrive(q_empty)
+                        ptx.barrier_arrive(q_free)
                     # 5 Divide by the mass and write, two elements a word.
                     for r in range(2):
                         whole = mass[r]
@@ -422,6 +447,6 @@ def bulk_prefill_kernel(
         prefill,
         parameters,
         threads=THREADS,
-        shared_bytes=1024 + BARRIERS_AT + 16 + 32 * STAGES,
+        shared_bytes=1024 + BARRIERS_AT + 16 * Q_STAGES + 32 * STAGES,
         hopper=True,
     )

@@ -8,6 +8,9 @@ from . import ptx
 from .ptx import I32, U32, U64
 
 NOTHING = -1e30  # the score of a token that may not be seen; its weight is exactly 0
+# A row's maximum below this has seen nothing yet. Well above NOTHING, which may have been scaled:
+# the rounding of its product is far larger than any exponent.
+UNSEEN = -1e20
 
 
 def sequence_of(query_start_loc: Any, num_seqs: Any, token: Any) -> Any:

@@ -395,6 +395,11 @@ def sync_named(number: int, count: int) -> None:
     current().block.meet(key, int(count), None, lambda values: None, f"named barrier {number}")
 
 
+def arrive_named(number: int, count: int) -> None:
+    key = ("named", int(number))
+    current().block.arrive(key, int(count))
+
+
 class TensorMap:
     """A cache as the copy engine sees it: ``[slots, heads, dims]`` and the slots of a box."""
 

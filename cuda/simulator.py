@@ -163,6 +163,14 @@ class Block:
             self.wait(thread, meeting, place)
         return meeting.outcome
 
+    def arrive(self, key: Hashable, size: int) -> None:
+        """Count this thread in at ``key`` without waiting for the others."""
+        meeting = self.meetings.setdefault(key, Meeting())
+        meeting.values[current().number] = None
+        if len(meeting.values) == size:
+            del self.meetings[key]
+            self._wake(meeting)
+
     def sync(self) -> None:
         """``cuda.syncthreads``: every thread of the block that has not returned."""
         self.meet("syncthreads", self.alive, None, lambda values: None, "syncthreads")
