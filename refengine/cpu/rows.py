@@ -25,7 +25,8 @@ def as_rows(name: str, array: Array) -> Array:
     """
     if array.dtype != FLOAT32:
         raise ValueError(f"{name} must be float32, got {array.dtype}")
-    if array.shape[-1:] != (1,) and array.strides[-1:] != (array.itemsize,):
+    contiguous = array.shape[-1:] == (1,) or array.strides[-1:] == (array.itemsize,)
+    if array.size and not contiguous:
         raise ValueError(
             f"{name} must be contiguous along its last axis, "
             f"got shape {list(array.shape)} with strides {list(array.strides)} bytes"

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from refengine.reference import sampling
 
 LOGITS = st.lists(st.floats(-30, 30, width=32, allow_nan=False), min_size=2, max_size=600).map(
