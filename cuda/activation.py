@@ -45,6 +45,49 @@ def gelu_tanh_and_mul(x: Array, out: Array) -> None:
     _run("gelu_tanh", x, out)
 
 
+def soft_cap(x: Array, cap: float) -> None:
+    """``x = cap * tanh(x / cap)``, in place.
+
+    Args:
+        x: any shape, contiguous, written.
+        cap: positive.
+
+    Raises:
+        ValueError: on a cap, dtype or layout that does not fit.
+    """
+    checks.check_array("x", x, (None,) * len(x.shape))
+    if not cap > 0:
+        raise ValueError(f"cap: got {cap}; wanted above 0")
+    dtype, size = checks.dtype_name(x), math.prod(x.shape)
+    if size == 0:
+        return
+    narrow = elements(dtype, wide=False)
+    at = launch.address(x, narrow.pointer)
+    wide = checks.is_wide(size, narrow.itemsize, (0, at))
+    pieces = size // elements(dtype, wide=wide).width
+    kernel = _soft_cap_kernel(dtype, wide)
+    kernel((-(-pieces // THREADS), 1, 1), at, pieces, launch.bits(1.0 / cap), launch.bits(cap))
+
+
+@functools.cache
+def _soft_cap_kernel(dtype: str, wide: bool) -> Kernel:
+    part = elements(dtype, wide=wide)
+    load, store, WIDTH = part.load, part.store, part.width
+
+    def kernel(x: Any, pieces: Any, inverse: Any, cap: Any) -> None:
+        ptx.wait_for_previous_kernel()
+        ptx.let_next_kernel_start()
+        piece = U64(cuda.blockIdx.x) * U64(THREADS) + U64(cuda.threadIdx.x)
+        values = cuda.local.array(WIDTH, F32)
+        if piece < U64(pieces):
+            load(x, piece * U64(WIDTH), values, 0)
+            for i in range(WIDTH):
+                values[i] = cap * ptx.tanh(values[i] * inverse)
+            store(x, piece * U64(WIDTH), values, 0)
+
+    return Kernel(kernel, (part.pointer, ptx.U64, ptx.F32, ptx.F32), threads=THREADS)
+
+
 def _run(activation: str, x: Array, out: Array) -> None:
     checks.check_array("out", out, (None, None))
     num_tokens, size = out.shape

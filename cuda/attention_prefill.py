@@ -77,26 +77,32 @@ def prefill_kernel(
     Q_BYTES, K_BYTES = ROWS * STRIDE, KEYS * STRIDE
     K_STEPS, D_TILES, K_TILES = DIM // 16, DIM // 8, KEYS // 8
     SUMS, SCORES, STATS = STRIPS * D_TILES * 4, STRIPS * K_TILES * 4, STRIPS * 2
+    SLOTS = 2 * KEYS
     ROW = NUM_KV * DIM
     mma = {"bfloat16": ptx.mma_bf16, "float16": ptx.mma_f16}[dtype]
     pack = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16}[dtype]
 
-    def find_slots(block_tables: Any, table: Any, tile: Any, thread: Any, end: Any, slots: Any) -> None:
-        """The cache slots of the rows that this thread copies of a key tile."""
-        for p in range(K_PASSES):
-            row = U32(U32(thread + U32(p * THREADS)) // U32(PIECES))
-            key = U32(min(U32(tile * U32(KEYS) + row), U32(end - U32(1))))
+    def find_slots(
+        block_tables: Any, table: Any, tile: Any, thread: Any, end: Any, slots: Any
+    ) -> None:
+        """The cache slots of a key tile's rows, for all threads; two tiles have room."""
+        if thread < U32(KEYS):
+            key = U32(min(U32(tile * U32(KEYS) + thread), U32(end - U32(1))))
             block = U32(block_tables[table + U64(key // U32(BLOCK))])
-            slots[p] = U32(block * U32(BLOCK) + key % U32(BLOCK))
+            at = U32((tile & U32(1)) * U32(KEYS) + thread)
+            slots[at] = U32(block * U32(BLOCK) + key % U32(BLOCK))
 
-    def copy_rows(cache: Any, head: Any, to: Any, tile: Any, thread: Any, end: Any, slots: Any) -> None:
+    def copy_rows(
+        cache: Any, head: Any, to: Any, tile: Any, thread: Any, end: Any, slots: Any
+    ) -> None:
         """Start copying a key or value tile; rows past the end become zeros."""
         for p in range(K_PASSES):
             i = U32(thread + U32(p * THREADS))
             row = U32(i // U32(PIECES))
             piece = U32(i % U32(PIECES))
             num_bytes = U32(16) if U32(tile * U32(KEYS) + row) < end else U32(0)
-            at = U64(slots[p]) * U64(ROW) + U64(head) + U64(piece * U32(8))
+            slot = U64(slots[U32((tile & U32(1)) * U32(KEYS) + row)])
+            at = slot * U64(ROW) + U64(head) + U64(piece * U32(8))
             ptx.copy16_async(U32(to + row * U32(STRIDE) + piece * U32(16)), cache, at, num_bytes)
 
     look_up, copy_tile = ptx.device(find_slots), ptx.device(copy_rows)
@@ -142,6 +148,7 @@ def prefill_kernel(
 
         # 2 Queries and the newest keys start on their way to shared memory.
         memory = cuda.shared.array(0, U32)
+        slots = cuda.shared.array(SLOTS, U32)
         q_at = U32(ptx.shared_address(memory))
         k_at = U32(q_at + U32(Q_BYTES))
         v_at = U32(k_at + U32(K_BYTES))
@@ -152,10 +159,10 @@ def prefill_kernel(
             token = U64(U32(start + min(U32(q0 + row), U32(new_tokens - U32(1)))))
             at = token * U64(query_step) + U64(U32(query_head * U32(DIM) + piece * U32(8)))
             ptx.copy16_async(U32(q_at + row * U32(STRIDE) + piece * U32(16)), query, at, U32(16))
-        slots = cuda.local.array(K_PASSES, U32)
         key_tile = U32((end + U32(KEYS - 1)) // U32(KEYS))
         last_tile = first // U32(KEYS)
         look_up(block_tables, table, U32(key_tile - U32(1)), thread, end, slots)
+        cuda.syncthreads()
         copy_tile(key_cache, head, k_at, U32(key_tile - U32(1)), thread, end, slots)
         ptx.copy_commit()
 

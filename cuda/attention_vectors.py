@@ -13,6 +13,7 @@ fastest rung, and the bound for half precision where groups are large.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from numba import cuda
@@ -26,6 +27,7 @@ from .ptx import F32, U32, U64
 WARPS = 4
 THREADS = 32 * WARPS
 HEADS = 4  # query heads of a block at most; more would not fit the registers
+LOG2_E = math.log2(math.e)
 SPLIT = 1024  # tokens of a split: fixed, so that a result does not depend on the batch
 
 

@@ -88,6 +88,8 @@ def _check_layout(
     name: str, shape: tuple[int, ...], steps: tuple[int, ...], strided_rows: bool
 ) -> None:
     want = 1
+    if 0 in shape:
+        return
     for axis in range(len(shape) - 1, -1, -1):
         free = strided_rows and axis == 0 and steps[0] >= want
         if shape[axis] > 1 and steps[axis] != want and not free:

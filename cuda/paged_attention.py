@@ -4,21 +4,28 @@ One function for decode, prefill and mixed batches. It checks the arguments, pic
 ladder by shape, and launches them. What is picked for a sequence depends on that sequence and the
 model's shape alone, never on the rest of the batch; so do the results, to the bit.
 
-| rung | file | for |
-|---|---|---|
-| plain | ``attention_plain`` | anything; to read |
-| vectors | ``attention_vectors`` | float32 |
-| decode | ``attention_decode`` | half precision, up to ``DECODE_TOKENS`` new tokens a sequence |
+The ladder, with shares of the memory's rate (64 sequences of 2,048 tokens, bfloat16) or TFLOP/s
+(one prompt of 8,192) on an H100; ``docs/performance.md`` has the whole tables:
+
+| rung | file | picked for | reaches |
+|---|---|---|---|
+| plain | ``attention_plain`` | rows of odd size, heads above 128 | 6 % |
+| grouped | ``attention_grouped`` | rows of odd size | 17 % |
+| vectors (one split, many) | ``attention_vectors`` | float32 | 89 %, 86 % |
+| decode | ``attention_decode`` | up to ``DECODE_TOKENS`` new tokens | 87 % |
+| decode, bulk copies | ``attention_decode_bulk`` | the same on sm_90, blocks of 8 or 16 n | 96 % |
+| prefill | ``attention_prefill`` | more new tokens | 320 |
+| prefill, bulk copies | ``attention_prefill_bulk`` | the same on sm_90a, blocks of 8 or 16 n | 515 |
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from . import (
     attention_decode,
     attention_decode_bulk,
+    attention_grouped,
     attention_plain,
     attention_prefill,
     attention_prefill_bulk,
@@ -31,10 +38,10 @@ from . import (
 from .elements import elements
 
 Array = Any
-LOG2_E = math.log2(math.e)
 # Sequences with up to so many new tokens are computed token by token on the decode rung.
 DECODE_TOKENS = 4
 UNLIMITED = 1 << 30
+MAX_TOKENS = 65535  # the second and third side of a grid
 _partial_sums = launch.Scratch(ptx.POINTER_F32)
 _partial_stats = launch.Scratch(ptx.POINTER_F32)
 _tickets = launch.Scratch(ptx.POINTER_U32)
@@ -107,7 +114,7 @@ def paged_attention(
     if problem.num_tokens == 0 or problem.num_seqs == 0:
         return
     if not problem.wide:
-        run_plain(problem)
+        run_grouped(problem) if problem.head_dim <= 128 else run_plain(problem)
     elif problem.dtype == "float32":
         run_vectors(problem)
     elif problem.head_dim % 16:
@@ -194,20 +201,34 @@ def _problem(
         query_step=query_step,
         table_step=checks.strides(block_tables)[0],
         window=sliding_window or 0,
-        scale=launch.bits(scale / logits_soft_cap if logits_soft_cap else scale * LOG2_E),
-        cap=launch.bits(logits_soft_cap * LOG2_E if logits_soft_cap else 1.0),
+        scale=launch.bits(scale / logits_soft_cap if logits_soft_cap else scale * attention_vectors.LOG2_E),
+        cap=launch.bits(logits_soft_cap * attention_vectors.LOG2_E if logits_soft_cap else 1.0),
     )
+
+
+def _run_by_token(kernel: launch.Kernel, width: int, problem: Problem) -> None:
+    """Launch over (heads, tokens); a grid's second side has 65,535 at most."""
+    p = problem
+    if p.num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"query: got {p.num_tokens} tokens; this rung takes up to {MAX_TOKENS}: split the batch"
+        )
+    kernel((width, p.num_tokens, 1), *p.arrays, p.num_seqs, *p.numbers)
 
 
 def run_plain(problem: Problem) -> None:
     """Rung 1, for any shape."""
     p = problem
-    kernel = attention_plain.plain_kernel(
-        p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.capped
-    )
-    for first in range(0, p.num_tokens, 65535):
-        if first == 0:
-            kernel((p.num_q_heads, min(p.num_tokens, 65535), 1), *p.arrays, p.num_seqs, *p.numbers)
+    shape = p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.capped
+    _run_by_token(attention_plain.plain_kernel(*shape), p.num_q_heads, p)
+
+
+def run_grouped(problem: Problem) -> None:
+    """Rung 2, for any shape."""
+    p = problem
+    shape = p.dtype, p.num_kv_heads, p.group, p.head_dim, p.block_size, p.capped
+    width = p.num_kv_heads * -(-p.group // attention_grouped.HEADS)
+    _run_by_token(attention_grouped.grouped_kernel(*shape), width, p)
 
 
 def run_vectors(problem: Problem, *, split: bool | None = None) -> None:

@@ -257,16 +257,17 @@ def launch(
     """Run every block of ``grid``, one after the other, with ``cuda`` standing for the simulator."""
     simulated = SimulatedCuda(Dim3(*grid), Dim3(num_threads, 1, 1))
     # Device functions live in other modules of this package, and name ``cuda`` too.
-    package = __name__.rpartition(".")[0]
-    modules = [m for name, m in sys.modules.items() if name.startswith(package + ".")]
-    swapped = [m for m in modules if getattr(m, "cuda", None) is cuda and m.__name__ != __name__]
-    for module in swapped:
-        module.cuda = simulated  # type: ignore[attr-defined]
+    package = __name__.rpartition(".")[0] + "."
+    scopes = [vars(m) for name, m in sys.modules.items() if name.startswith(package)]
+    scopes.append(function.__globals__)
+    swapped = [s for s in scopes if s.get("cuda") is cuda and s is not globals()]
+    for scope in swapped:
+        scope["cuda"] = simulated
     try:
         for z in range(grid[2]):
             for y in range(grid[1]):
                 for x in range(grid[0]):
                     Block(function, arguments, Dim3(x, y, z), num_threads, dynamic_shared).run()
     finally:
-        for module in swapped:
-            module.cuda = cuda  # type: ignore[attr-defined]
+        for scope in swapped:
+            scope["cuda"] = cuda
