@@ -42,10 +42,7 @@ def run_refengine(workload: Path, options: argparse.Namespace) -> dict[str, Any]
         *("--model", options.model, "--workload", str(workload), "--dtype", options.dtype),
         *("--threads", str(options.threads), "--max-model-len", "2048"),
     ]
-    result: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True).stdout
-    )
-    return result
+    return _json_of(command)
 
 
 def run_transformers(workload: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -55,9 +52,13 @@ def run_transformers(workload: Path, options: argparse.Namespace, batch: int) ->
         *("--workload", str(workload), "--dtype", options.dtype, "--batch", str(batch)),
         *("--threads", str(options.threads)),
     ]
-    result: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True).stdout
-    )
+    return _json_of(command)
+
+
+def _json_of(command: list[str]) -> dict[str, Any]:
+    """Run a command that prints one JSON object; what it complains of is shown."""
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    result: dict[str, Any] = json.loads(run.stdout)
     return result
 
 

@@ -274,8 +274,21 @@ def load_kernels(backend: str, threads: int | None) -> KernelSet:
             f"pip install 'refengine[cuda]'"
         ) from error
     if backend == "cpu" and threads is not None:
-        kernels.set_num_threads(threads)
+        _set_num_threads(threads)
     return kernels  # type: ignore[no-any-return]
+
+
+def _set_num_threads(threads: int) -> None:
+    """Let the CPU's kernels use this many threads, as far as the machine has them."""
+    import numba
+
+    most = numba.config.NUMBA_NUM_THREADS
+    if threads > most:
+        raise RefengineError(
+            f"{threads} threads were asked for and this process may use {most}; "
+            "lower --threads (or raise NUMBA_NUM_THREADS)"
+        )
+    numba.set_num_threads(threads)
 
 
 def build_model(

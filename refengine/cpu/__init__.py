@@ -6,6 +6,14 @@ first called and kept on disk, beside the source or in the user's cache director
 
 from __future__ import annotations
 
+import os
+
+# Between parallel loops, OpenMP's threads spin for about a tenth of a millisecond and then sleep.
+# Left alone they would spin through the Python between two steps, on cores that others need. The
+# library reads this when Numba first loads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from refengine.cpu.activation import gelu_tanh_and_mul, silu_and_mul, soft_cap
 from refengine.cpu.blocks import copy_blocks, swap_blocks
 from refengine.cpu.linear import linear
