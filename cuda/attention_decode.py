@@ -307,7 +307,9 @@ def decode_kernel(
                 warp_mass[column + U32(1)] = mass1
             for j in range(2):
                 if U32(t * U32(2) + U32(j)) < U32(TILE_HEADS):
-                    d = U32(U32(warp * U32(TILE_HEADS) + t * U32(2) + U32(j)) * U32(DIM) + g * U32(8))
+                    d = U32(
+                        U32(warp * U32(TILE_HEADS) + t * U32(2) + U32(j)) * U32(DIM) + g * U32(8)
+                    )
                     for c in range(V_CHUNKS):
                         if DIM % 64 == 0 or U32(c * 64) + g * U32(8) < U32(DIM):
                             for i in range(4):

@@ -196,7 +196,9 @@ def bulk_decode_kernel(
         for i in range(Q_WORDS):
             q[i] = U32(0)
         if g < heads:
-            at = U64(token) * U64(query_step) + U64(U32(U32(first_head + g) * U32(DIM) + t * U32(2)))
+            at = U64(token) * U64(query_step) + U64(
+                U32(U32(first_head + g) * U32(DIM) + t * U32(2))
+            )
             for k in range(STEPS):
                 q[2 * k] = ptx.load4(query, at + U64(16 * k))
                 q[2 * k + 1] = ptx.load4(query, at + U64(16 * k + 8))

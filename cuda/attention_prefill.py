@@ -292,7 +292,9 @@ def prefill_kernel(
                     at = at + U64(U32(query_head * U32(DIM) + column0))
                     for n in range(D_TILES):
                         s = (m * D_TILES + n) * 4 + 2 * r
-                        ptx.store4(out, at + U64(8 * n), pack(sums[s] * inverse, sums[s + 1] * inverse))
+                        ptx.store4(
+                            out, at + U64(8 * n), pack(sums[s] * inverse, sums[s + 1] * inverse)
+                        )
 
     half = ptx.POINTER_U16
     parameters = (

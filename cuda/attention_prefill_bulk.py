@@ -1,11 +1,11 @@
 """Attention of many new tokens with Hopper's warpgroup products and copy engine (sm_90a).
 
-After FlashAttention-3 (Shah et al., 2024), over pages. A thread block has one producer warp and two
+After FlashAttention-3 (Shah et al., 2024), over pages. A thread block has two producer warps and two
 groups of four consumer warps, and stays for the whole launch:
 
-- The producer (one warp of a group whose registers go to the consumers) takes tiles of 128 queries from a queue, longest first, and keeps a ring of key and
-  value tiles filled: one instruction of the copy engine brings a page's rows of one head. It runs
-  ahead of the consumers, into the next tile of queries too, so nothing waits at a tile's ends.
+- One producer warp takes tiles of 128 queries from a queue, longest first, and brings them. Another
+  keeps a ring of key and value tiles filled: one instruction of the copy engine brings a page's rows
+  of one head. Both run ahead of the consumers, into the next tile of queries too.
 - Each consumer group owns 64 queries. While the tensor cores multiply queries with the next keys and
   weights with the values at hand, the group computes the softmax of what is in between.
 
@@ -29,7 +29,7 @@ from .ptx import F32, U32, U64
 ROWS = 128  # queries of a tile: 64 for each consumer group
 CONSUMERS = 256  # threads
 THREADS = CONSUMERS + 128
-# The three groups of four warps start with 168 registers a thread; the producer's gives most away.
+# The three groups of four warps start with 168 registers a thread; the producers' gives most away.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 CONSUMER_WARPS = CONSUMERS // 32
 STAGES = 2
@@ -97,11 +97,22 @@ def bulk_prefill_kernel(
     KEY_MATRIX = SWIZZLED | (1 << 16)
     VALUE_MATRIX = SWIZZLED | ((K_HALF >> 4) << 16)
 
-    def copies(
-        tensor_map: Any, kv_head: Any, key_tile: Any, to: Any, barrier: Any,
-        block_tables: Any, table: Any, end: Any, lane: Any,
-    ) -> None:  # fmt: skip
-        """Bring a tile of keys or values; what lies past the end repeats the last page."""
+    def find_slots(
+        block_tables: Any, table: Any, key_tile: Any, length: Any, lane: Any, slots: Any
+    ) -> None:
+        """Where the pages of a tile lie, of the copies that this lane starts.
+
+        What lies past the end repeats the last page.
+        """
+        for i in range(LANE_COPIES):
+            box = U32(U32(lane + U32(32 * i)) // U32(HALVES))
+            token = U32(min(U32(key_tile * U32(KEYS) + box * U32(BOX)), U32(length - U32(1))))
+            token = U32(U32(token // U32(BOX)) * U32(BOX))
+            block = U32(block_tables[table + U64(token // U32(BLOCK))])
+            slots[i] = U32(block * U32(BLOCK) + token % U32(BLOCK))
+
+    def copies(tensor_map: Any, kv_head: Any, to: Any, barrier: Any, lane: Any, slots: Any) -> None:
+        """Bring a tile of keys or values."""
         if lane == U32(0):
             ptx.barrier_expect(barrier, U32(K_BYTES))
         ptx.sync_warp()
@@ -109,13 +120,8 @@ def bulk_prefill_kernel(
             c = U32(lane + U32(32 * i))
             if c < U32(COPIES):
                 half = U32(c % U32(HALVES))
-                box = U32(c // U32(HALVES))
-                token = U32(min(U32(key_tile * U32(KEYS) + box * U32(BOX)), U32(end - U32(1))))
-                token = U32(U32(token // U32(BOX)) * U32(BOX))
-                block = U32(block_tables[table + U64(token // U32(BLOCK))])
-                slot = U32(block * U32(BLOCK) + token % U32(BLOCK))
-                at = U32(to + half * U32(K_HALF) + box * U32(BOX * 128))
-                ptx.copy_box(at, tensor_map, U32(half * U32(64)), kv_head, slot, barrier)
+                at = U32(to + half * U32(K_HALF) + U32(c // U32(HALVES)) * U32(BOX * 128))
+                ptx.copy_box(at, tensor_map, U32(half * U32(64)), kv_head, slots[i], barrier)
 
     def softmax(
         scores: Any, highest: Any, mass: Any, shrink: Any, key0: Any, position: Any, row0: Any,
@@ -159,7 +165,7 @@ def bulk_prefill_kernel(
 
     give_registers = ptx.set_registers("dec", PRODUCER_REGISTERS)
     take_registers = ptx.set_registers("inc", CONSUMER_REGISTERS)
-    bring, weigh = ptx.device(copies), ptx.device(softmax)
+    look_up, bring, weigh = ptx.device(find_slots), ptx.device(copies), ptx.device(softmax)
 
     def prefill(
         query: Any, key_map: Any, value_map: Any, block_tables: Any, seq_lens: Any,
@@ -186,7 +192,7 @@ def bulk_prefill_kernel(
         if thread == U32(0):
             for i in range(Q_STAGES):
                 ptx.barrier_init(U32(q_full + U32(8 * i)), U32(1))
-                ptx.barrier_init(U32(q_empty + U32(8 * i)), U32(CONSUMER_WARPS))
+                ptx.barrier_init(U32(q_empty + U32(8 * i)), U32(CONSUMER_WARPS + 1))
             for i in range(STAGES):
                 ptx.barrier_init(U32(k_full + U32(8 * i)), U32(1))
                 ptx.barrier_init(U32(k_empty + U32(8 * i)), U32(CONSUMER_WARPS))
@@ -200,104 +206,128 @@ def bulk_prefill_kernel(
         working = True
 
         if warp >= U32(CONSUMER_WARPS):
-            # ---- The producer.
             give_registers()
-            working = warp == U32(CONSUMER_WARPS)
-            while working:
-                # 1 The next tile of queries; some numbers stand for no tile.
-                found = False
-                start, new_tokens, q0, length, query_head = U32(0), U32(0), U32(0), U32(0), U32(0)
-                sequence = U32(0)
-                while working and not found:
-                    item = U32(0)
-                    if lane == U32(0):
-                        item = ptx.atomic_add(queue, U64(0), U32(1))
-                    item = ptx.shuffle(item, U32(0))
-                    if item >= U32(U32(num_tiles) * U32(NUM_Q)):
-                        working = False
-                    else:
-                        query_head = U32(item % U32(NUM_Q))
-                        number = U32(U32(num_tiles) - U32(1) - U32(item // U32(NUM_Q)))
-                        sequence, tile = find_tile(
-                            query_start_loc, U32(num_seqs), number, U32(ROWS)
-                        )
-                        start = U32(query_start_loc[U64(sequence)])
-                        new_tokens = U32(U32(query_start_loc[U64(sequence) + U64(1)]) - start)
-                        length = U32(seq_lens[U64(sequence)])
-                        q0 = U32(tile * U32(ROWS))
-                        found = q0 < new_tokens and new_tokens > U32(max_decode_tokens)
-                # 2 Its newest keys, then its queries, when their places are free.
-                key_tile, last_tile = U32(0), U32(0)
-                table = U64(sequence) * U64(table_step)
-                kv_head = U32(query_head // U32(GROUP))
-                if found and length > U32(0):
-                    before = U32(length - new_tokens)
-                    end = U32(min(U32(before + q0 + U32(ROWS)), length))
-                    key_tile = U32(U32(end + U32(KEYS - 1)) // U32(KEYS))
-                    if windowed and U32(before + q0 + U32(1)) > U32(window):
-                        last_tile = U32(U32(before + q0 + U32(1) - U32(window)) // U32(KEYS))
-                    ptx.barrier_wait(U32(k_empty + k_stage * U32(8)), k_parity ^ U32(1))
-                    bring(key_map, kv_head, U32(key_tile - U32(1)),
-                          U32(k_at + k_stage * U32(K_BYTES)), U32(k_full + k_stage * U32(8)),
-                          block_tables, table, length, lane)  # fmt: skip
-                    k_stage = k_stage ^ U32(1)
-                    if k_stage == U32(0):
-                        k_parity = k_parity ^ U32(1)
-                ptx.barrier_wait(U32(q_empty + q_stage * U32(8)), q_parity ^ U32(1))
-                if lane == U32(0):
-                    info = U32(q_stage * U32(8))
-                    tile_info[info] = U32(NO_MORE)
+            if warp == U32(CONSUMER_WARPS):
+                # ---- The warp that brings queries.
+                while working:
+                    # 1 The next tile of queries; some numbers stand for no tile.
+                    found = False
+                    start, new_tokens, q0, query_head = U32(0), U32(0), U32(0), U32(0)
+                    sequence = U32(0)
+                    while working and not found:
+                        item = U32(0)
+                        if lane == U32(0):
+                            item = ptx.atomic_add(queue, U64(0), U32(1))
+                        item = ptx.shuffle(item, U32(0))
+                        if item >= U32(U32(num_tiles) * U32(NUM_Q)):
+                            working = False
+                        else:
+                            query_head = U32(item % U32(NUM_Q))
+                            number = U32(U32(num_tiles) - U32(1) - U32(item // U32(NUM_Q)))
+                            sequence, tile = find_tile(
+                                query_start_loc, U32(num_seqs), number, U32(ROWS)
+                            )
+                            start = U32(query_start_loc[U64(sequence)])
+                            new_tokens = U32(U32(query_start_loc[U64(sequence) + U64(1)]) - start)
+                            q0 = U32(tile * U32(ROWS))
+                            found = q0 < new_tokens and new_tokens > U32(max_decode_tokens)
+                    length = U32(0)
                     if found:
-                        tile_info[info] = start
-                        tile_info[U32(info + U32(1))] = new_tokens
-                        tile_info[U32(info + U32(2))] = q0
-                        tile_info[U32(info + U32(3))] = length
-                        tile_info[U32(info + U32(4))] = query_head
-                if found:
-                    place = U32(q_at + q_stage * U32(Q_BYTES))
-                    for i in range(Q_COPIES):
-                        c = U32(lane + U32(32 * i))
-                        row, piece = U32(c // U32(PIECES)), U32(c % U32(PIECES))
-                        token = U32(start + min(U32(q0 + row), U32(new_tokens - U32(1))))
-                        at = U64(token) * U64(query_step)
-                        at = at + U64(U32(query_head * U32(DIM) + piece * U32(8)))
-                        to = U32(place + U32(piece >> U32(3)) * U32(Q_HALF) + row * U32(128))
-                        to = U32(to + ((piece ^ row) & U32(7)) * U32(16))
-                        ptx.copy16_async(to, query, at, U32(16))
-                    ptx.copy_commit()
-                ptx.copy_wait_all()
-                ptx.fence_async_shared()
-                ptx.sync_warp()
+                        length = U32(seq_lens[U64(sequence)])
+                    # 2 Bring it to a free place, and tell the others what it is.
+                    ptx.barrier_wait(U32(q_empty + q_stage * U32(8)), q_parity ^ U32(1))
+                    if lane == U32(0):
+                        info = U32(q_stage * U32(8))
+                        tile_info[info] = U32(NO_MORE)
+                        if found:
+                            tile_info[info] = start
+                            tile_info[U32(info + U32(1))] = new_tokens
+                            tile_info[U32(info + U32(2))] = q0
+                            tile_info[U32(info + U32(3))] = length
+                            tile_info[U32(info + U32(4))] = query_head
+                            tile_info[U32(info + U32(5))] = sequence
+                    if found:
+                        place = U32(q_at + q_stage * U32(Q_BYTES))
+                        for i in range(Q_COPIES):
+                            c = U32(lane + U32(32 * i))
+                            row, piece = U32(c // U32(PIECES)), U32(c % U32(PIECES))
+                            token = U32(start + min(U32(q0 + row), U32(new_tokens - U32(1))))
+                            at = U64(token) * U64(query_step)
+                            at = at + U64(U32(query_head * U32(DIM) + piece * U32(8)))
+                            to = U32(place + U32(piece >> U32(3)) * U32(Q_HALF) + row * U32(128))
+                            to = U32(to + ((piece ^ row) & U32(7)) * U32(16))
+                            ptx.copy16_async(to, query, at, U32(16))
+                        ptx.copy_commit()
+                    ptx.copy_wait_all()
+                    ptx.fence_async_shared()
+                    ptx.sync_warp()
+                    if lane == U32(0):
+                        ptx.barrier_arrive(U32(q_full + q_stage * U32(8)))
+                    q_stage = U32(q_stage + U32(1))
+                    if q_stage == U32(Q_STAGES):
+                        q_stage = U32(0)
+                        q_parity = q_parity ^ U32(1)
+                # 3 The last block to leave makes the queue ready for the next launch.
                 if lane == U32(0):
-                    ptx.barrier_arrive(U32(q_full + q_stage * U32(8)))
-                q_stage = U32(q_stage + U32(1))
-                if q_stage == U32(Q_STAGES):
-                    q_stage = U32(0)
-                    q_parity = q_parity ^ U32(1)
-                # 3 Keys and values, newest first, keys a tile ahead.
-                while key_tile > last_tile:
-                    key_tile = U32(key_tile - U32(1))
-                    if key_tile > last_tile:
+                    left = ptx.atomic_add(queue, U64(1), U32(1))
+                    if left == U32(U32(cuda.gridDim.x) - U32(1)):
+                        queue[U64(0)] = U32(0)
+                        queue[U64(1)] = U32(0)
+            elif warp == U32(CONSUMER_WARPS + 1):
+                # ---- The warp that brings keys and values, newest first, keys a tile ahead.
+                slots = cuda.local.array(LANE_COPIES, U32)
+                ahead = cuda.local.array(LANE_COPIES, U32)
+                while working:
+                    ptx.barrier_wait(U32(q_full + q_stage * U32(8)), q_parity)
+                    info = U32(q_stage * U32(8))
+                    start = U32(tile_info[info])
+                    new_tokens = U32(tile_info[U32(info + U32(1))])
+                    q0 = U32(tile_info[U32(info + U32(2))])
+                    length = U32(tile_info[U32(info + U32(3))])
+                    kv_head = U32(U32(tile_info[U32(info + U32(4))]) // U32(GROUP))
+                    table = U64(U32(tile_info[U32(info + U32(5))])) * U64(table_step)
+                    ptx.sync_warp()
+                    if lane == U32(0):
+                        ptx.barrier_arrive(U32(q_empty + q_stage * U32(8)))
+                    q_stage = U32(q_stage + U32(1))
+                    if q_stage == U32(Q_STAGES):
+                        q_stage = U32(0)
+                        q_parity = q_parity ^ U32(1)
+                    working = start != U32(NO_MORE)
+                    key_tile, last_tile = U32(0), U32(0)
+                    if working and length > U32(0):
+                        before = U32(length - new_tokens)
+                        end = U32(min(U32(before + q0 + U32(ROWS)), length))
+                        key_tile = U32(U32(end + U32(KEYS - 1)) // U32(KEYS))
+                        if windowed and U32(before + q0 + U32(1)) > U32(window):
+                            last_tile = U32(U32(before + q0 + U32(1) - U32(window)) // U32(KEYS))
+                        look_up(block_tables, table, U32(key_tile - U32(1)), length, lane, ahead)
                         ptx.barrier_wait(U32(k_empty + k_stage * U32(8)), k_parity ^ U32(1))
-                        bring(key_map, kv_head, U32(key_tile - U32(1)),
-                              U32(k_at + k_stage * U32(K_BYTES)), U32(k_full + k_stage * U32(8)),
-                              block_tables, table, length, lane)  # fmt: skip
+                        bring(key_map, kv_head, U32(k_at + k_stage * U32(K_BYTES)),
+                              U32(k_full + k_stage * U32(8)), lane, ahead)  # fmt: skip
                         k_stage = k_stage ^ U32(1)
                         if k_stage == U32(0):
                             k_parity = k_parity ^ U32(1)
-                    ptx.barrier_wait(U32(v_empty + v_stage * U32(8)), v_parity ^ U32(1))
-                    bring(value_map, kv_head, key_tile,
-                          U32(v_at + v_stage * U32(K_BYTES)), U32(v_full + v_stage * U32(8)),
-                          block_tables, table, length, lane)  # fmt: skip
-                    v_stage = v_stage ^ U32(1)
-                    if v_stage == U32(0):
-                        v_parity = v_parity ^ U32(1)
-            # 4 The last thread block to leave makes the queue ready for the next launch.
-            if lane == U32(0) and warp == U32(CONSUMER_WARPS):
-                left = ptx.atomic_add(queue, U64(1), U32(1))
-                if left == U32(U32(cuda.gridDim.x) - U32(1)):
-                    queue[U64(0)] = U32(0)
-                    queue[U64(1)] = U32(0)
+                    while key_tile > last_tile:
+                        key_tile = U32(key_tile - U32(1))
+                        for i in range(LANE_COPIES):
+                            slots[i] = ahead[i]
+                        if key_tile > last_tile:
+                            look_up(
+                                block_tables, table, U32(key_tile - U32(1)), length, lane, ahead
+                            )
+                            ptx.barrier_wait(U32(k_empty + k_stage * U32(8)), k_parity ^ U32(1))
+                            bring(key_map, kv_head, U32(k_at + k_stage * U32(K_BYTES)),
+                                  U32(k_full + k_stage * U32(8)), lane, ahead)  # fmt: skip
+                            k_stage = k_stage ^ U32(1)
+                            if k_stage == U32(0):
+                                k_parity = k_parity ^ U32(1)
+                        ptx.barrier_wait(U32(v_empty + v_stage * U32(8)), v_parity ^ U32(1))
+                        bring(value_map, kv_head, U32(v_at + v_stage * U32(K_BYTES)),
+                              U32(v_full + v_stage * U32(8)), lane, slots)  # fmt: skip
+                        v_stage = v_stage ^ U32(1)
+                        if v_stage == U32(0):
+                            v_parity = v_parity ^ U32(1)
         else:
             # ---- The consumers.
             take_registers()

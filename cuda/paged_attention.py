@@ -201,7 +201,9 @@ def _problem(
         query_step=query_step,
         table_step=checks.strides(block_tables)[0],
         window=sliding_window or 0,
-        scale=launch.bits(scale / logits_soft_cap if logits_soft_cap else scale * attention_vectors.LOG2_E),
+        scale=launch.bits(
+            scale / logits_soft_cap if logits_soft_cap else scale * attention_vectors.LOG2_E
+        ),
         cap=launch.bits(logits_soft_cap * attention_vectors.LOG2_E if logits_soft_cap else 1.0),
     )
 

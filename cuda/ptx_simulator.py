@@ -340,6 +340,12 @@ class _Barrier:
         self.copies: list[Callable[[], int]] = []
         self.meeting = Meeting()
 
+    def land(self) -> None:
+        """Carry out the copies that are on their way."""
+        while self.copies:
+            self.bytes -= self.copies.pop(0)()
+        self.settle()
+
     def settle(self) -> None:
         if self.arrived == self.count and self.bytes == 0:
             self.phase, self.arrived = self.phase ^ 1, 0
@@ -379,9 +385,7 @@ def barrier_wait(address: int, parity: int) -> None:
     """Copies that the barrier counts land when someone waits for it, not before."""
     barrier, thread = _barrier(address), current()
     while barrier.phase == int(parity):
-        while barrier.copies:
-            barrier.bytes -= barrier.copies.pop(0)()
-        barrier.settle()
+        barrier.land()
         if barrier.phase == int(parity):
             thread.block.wait(thread, barrier.meeting, f"the barrier at {address}")
 
@@ -432,7 +436,10 @@ def copy_box(
                 shared[at : at + 16] = box[row, 8 * piece : 8 * piece + 8].view(np.uint8)
         return rows * 128
 
-    _barrier(barrier).copies.append(land)
+    counted = _barrier(barrier)
+    counted.copies.append(land)
+    if counted.meeting.waiting:
+        counted.land()
 
 
 # ---------------------------------------------------------------- tensor cores (wgmma, sm_90a)

@@ -65,9 +65,7 @@ def rotary_embedding(positions: Array, query: Array, key: Array, cos_sin_cache: 
 
 
 @functools.cache
-def _kernel(
-    dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, ROTARY: int, wide: bool
-) -> Kernel:
+def _kernel(dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, ROTARY: int, wide: bool) -> Kernel:
     """A thread rotates one piece of one head's first half with its partner in the second half."""
     part = elements(dtype, wide=wide)
     load, store, WIDTH = part.load, part.store, part.width

@@ -40,7 +40,10 @@ SMALL = [
     pytest.param({"lens": [18], "news": [2], "heads": (2, 2), "cap": 3.0}, id="soft cap"),
     pytest.param({"lens": [19], "news": [1], "heads": (9, 1), "head_dim": 48}, id="9 of a group"),
     pytest.param({"lens": [33], "news": [1], "dtype": "float16", "magnitude": 60.0}, id="peaked"),
-    pytest.param({"lens": [20], "news": [1], "block_size": 8, "head_dim": 128, "heads": (1, 1)}, id="blocks of 8"),
+    pytest.param(
+        {"lens": [20], "news": [1], "block_size": 8, "head_dim": 128, "heads": (1, 1)},
+        id="blocks of 8",
+    ),
 ]
 
 
@@ -82,7 +85,9 @@ def test_prefill_across_tiles(rung: str) -> None:
     assert relative_error(got, problem.reference()) < TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("rung", ["plain", "decode", pytest.param("decode bulk", marks=needs_hopper)])
+@pytest.mark.parametrize(
+    "rung", ["plain", "decode", pytest.param("decode bulk", marks=needs_hopper)]
+)
 def test_logits_of_half_a_million(rung: str) -> None:
     problem = Problem([20], [1], magnitude=400.0)
     got = on_host(run(RUNGS[rung], problem))

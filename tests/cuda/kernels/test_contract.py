@@ -30,8 +30,12 @@ def test_every_kernel_has_a_twin_of_the_same_signature(name: str) -> None:
     assert functions
     for function in functions:
         other = getattr(twin, function.__name__)
-        ours_takes = [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-        twin_takes = [(p.name, p.kind, p.default) for p in inspect.signature(other).parameters.values()]
+        ours_takes = [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
+        twin_takes = [
+            (p.name, p.kind, p.default) for p in inspect.signature(other).parameters.values()
+        ]
         assert ours_takes == twin_takes
 
 
