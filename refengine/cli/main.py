@@ -16,8 +16,10 @@ from refengine.errors import RefengineError
 COMMANDS = {
     "generate": ("refengine.cli.generate", "Generate text from one or many prompts."),
     "chat": ("refengine.cli.chat", "Talk to a model in the terminal."),
+    "serve": ("refengine.cli.serve", "Serve a model over HTTP: OpenAI's and Ollama's APIs."),
     "info": ("refengine.cli.info", "Say what a model is and what fits in this machine."),
     "bench": ("refengine.cli.bench", "Measure throughput and latency."),
+    "check": ("refengine.cli.check", "Check a kernel, yours or ours, against float64."),
     "convert": ("refengine.cli.convert", "Turn a GGUF file into a Hugging Face directory."),
 }
 
@@ -26,6 +28,7 @@ EPILOG = """
 Try:
   refengine generate "The capital of France is" --max-tokens 8
   refengine chat
+  refengine serve
   refengine info smollm2
 """
 
