@@ -13,3 +13,7 @@ class ModelLoadError(RefengineError, ValueError):
 
 class RequestError(RefengineError, ValueError):
     """A request that cannot be served as it was asked."""
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as may; the same request can be served later."""

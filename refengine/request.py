@@ -47,6 +47,7 @@ class Request:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     arrival_index: int = 0  # how many requests came before it; the scheduler counts
+    num_overtakings: int = 0  # how many of those had jumped the queue
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 
 from refengine.request import Request
 from refengine.sampling_params import SamplingParams
-from refengine.scheduling.scheduler import Scheduler
+from refengine.scheduling.scheduler import Scheduler, SchedulerConfig
 from refengine.step import RequestStepOutput, ScheduledBatch, StepOutput
 
 VOCAB_SIZE = 50
@@ -23,10 +24,10 @@ def next_token(token_ids: tuple[int, ...], seed: int) -> int:
     return digest(token_ids, str(seed))[0] % VOCAB_SIZE
 
 
-def expected_tokens(request: Request) -> list[int]:
-    """What a request must give, whoever it shares its steps with."""
-    tokens = list(request.prompt_token_ids)
-    for _ in range(request.sampling_params.max_tokens or 0):
+def expected_tokens(request: Request, num_given: int = 0) -> list[int]:
+    """What a request must give, whoever it shares its steps with, after output that was given."""
+    tokens = list(request.token_ids(0, request.num_prompt_tokens + num_given))
+    for _ in range((request.sampling_params.max_tokens or 0) - num_given):
         tokens.append(next_token(tuple(tokens), request.seed))
     return tokens[request.num_prompt_tokens :]
 
@@ -38,7 +39,20 @@ class Row:
     token_ids: list[int]
     seed: int
     table: list[int] = field(default_factory=list)
-    num_computed: int | None = None  # None until its first step says where it starts
+    num_computed: int = 0
+
+
+def make_scheduler(**fields: object) -> tuple[Scheduler, MockRunner]:
+    """A small scheduler, and a runner with the same blocks; prefix caching off unless asked for."""
+    defaults: dict[str, object] = {
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_model_len": 64,
+        "enable_prefix_caching": False,
+    }
+    config = SchedulerConfig(**(defaults | fields))  # type: ignore[arg-type]
+    runner = MockRunner(config.num_blocks, config.block_size, config.num_host_blocks)
+    return Scheduler(config, clock=itertools.count().__next__), runner
 
 
 class MockRunner:
@@ -53,14 +67,16 @@ class MockRunner:
 
     def execute(self, batch: ScheduledBatch) -> StepOutput:
         for request_id in batch.dropped_request_ids:
-            del self.rows[request_id]
+            self.rows.pop(request_id, None)
         for new in batch.new_requests:
             assert new.request_id not in self.rows
-            self.rows[new.request_id] = Row(list(new.token_ids), new.seed)
+            self.rows[new.request_id] = Row(
+                list(new.token_ids), new.seed, num_computed=new.num_computed_tokens
+            )
         self.move(batch)
         for scheduled in batch.requests:
             row = self.rows[scheduled.request_id]
-            at = getattr(scheduled, "new_blocks_start", None)
+            at = scheduled.new_blocks_start
             at = len(row.table) if at is None else at
             row.table[at:] = scheduled.new_block_ids
         # All slots are written before any is read, as in a layer of a model.
@@ -94,8 +110,6 @@ class MockRunner:
 
     def write(self, request_id: str, start: int, num_tokens: int) -> list[tuple[int, int]]:
         row = self.rows[request_id]
-        if row.num_computed is None:
-            row.num_computed = start
         assert start == row.num_computed, "positions are computed once each, in order"
         assert 0 < num_tokens <= len(row.token_ids) - start
         row.num_computed += num_tokens
@@ -109,7 +123,6 @@ class MockRunner:
 
     def read(self, request_id: str) -> None:
         row = self.rows[request_id]
-        assert row.num_computed is not None
         for position in range(row.num_computed):
             block, offset = divmod(position, self.block_size)
             held = self.cache[row.table[block]][offset]
@@ -151,6 +164,7 @@ def drain(scheduler: Scheduler, runner: MockRunner, max_steps: int = 10_000) -> 
     for count in range(max_steps):
         if not scheduler.has_unfinished_requests():
             assert scheduler.num_free_blocks == scheduler.num_blocks
+            assert scheduler.kv.num_free_host_blocks == scheduler.config.num_host_blocks
             return count
         step(scheduler, runner)
     raise AssertionError(f"requests are left after {max_steps} steps")

@@ -11,10 +11,11 @@ from refengine.scheduling.kv_cache_manager import KVCacheManager
 )
 def test_a_table_has_just_the_blocks_that_its_tokens_need(num_tokens: int, num_blocks: int) -> None:
     kv = KVCacheManager(num_blocks=5, block_size=4)
-    block_ids = kv.allocate(make_request("a"), num_tokens)
-    assert block_ids is not None
-    assert len(block_ids) == num_blocks == kv.num_blocks_for(num_tokens)
-    assert kv.block_ids("a") == block_ids
+    new_blocks = kv.allocate(make_request("a"), num_tokens)
+    assert new_blocks is not None
+    assert len(new_blocks.block_ids) == num_blocks == kv.num_blocks_for(num_tokens)
+    assert kv.block_ids("a") == new_blocks.block_ids
+    assert new_blocks.start is None
     assert kv.usage == pytest.approx(num_blocks / 5)
     kv.check_invariants()
 
@@ -25,9 +26,9 @@ def test_a_table_grows_only_when_a_block_is_full() -> None:
     added = []
     for num_computed in range(9):
         request.num_computed_tokens = num_computed
-        block_ids = kv.allocate(request, 1)
-        assert block_ids is not None
-        added.append(len(block_ids))
+        new_blocks = kv.allocate(request, 1)
+        assert new_blocks is not None
+        added.append(len(new_blocks.block_ids))
     assert added == [1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 

@@ -1,22 +1,12 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
-from scheduling_mocks import MockRunner, drain, expected_tokens, make_request, step
+from scheduling_mocks import drain, expected_tokens, make_request, make_scheduler, step
 
 from refengine.errors import RequestError
 from refengine.request import RequestState
-from refengine.scheduling.scheduler import Scheduler, SchedulerConfig
+from refengine.scheduling.scheduler import SchedulerConfig
 from refengine.step import Decision, RequestStepOutput, ScheduledBatch, StepOutput
-
-
-def make(**fields: object) -> tuple[Scheduler, MockRunner]:
-    """A scheduler and a runner with the same blocks; prefix caching off unless asked for."""
-    defaults: dict[str, object] = {"num_blocks": 64, "block_size": 4, "max_model_len": 64}
-    config = SchedulerConfig(**(defaults | fields))  # type: ignore[arg-type]
-    runner = MockRunner(config.num_blocks, config.block_size)
-    return Scheduler(config, clock=itertools.count().__next__), runner
 
 
 def shape(batch: ScheduledBatch) -> list[tuple[str, int, int, bool]]:
@@ -38,7 +28,7 @@ def answer(batch: ScheduledBatch, token_id: int) -> StepOutput:
 
 
 def test_one_request_from_prompt_to_last_token() -> None:
-    scheduler, runner = make()
+    scheduler, runner = make_scheduler()
     request = make_request("a", prompt=5, max_tokens=3, seed=7)
     scheduler.add_request(request)
     assert request.state is RequestState.WAITING
@@ -66,7 +56,7 @@ def test_one_request_from_prompt_to_last_token() -> None:
 
 
 def test_update_returns_those_that_got_tokens() -> None:
-    scheduler, runner = make(max_num_batched_tokens=7)
+    scheduler, runner = make_scheduler(max_num_batched_tokens=7)
     for request_id, prompt in (("a", 5), ("b", 4)):
         scheduler.add_request(make_request(request_id, prompt=prompt, max_tokens=1))
     batch = scheduler.schedule()
@@ -77,7 +67,7 @@ def test_update_returns_those_that_got_tokens() -> None:
 
 
 def test_decodes_and_pieces_of_prompts_share_a_step() -> None:
-    scheduler, runner = make(max_num_batched_tokens=6)
+    scheduler, runner = make_scheduler(max_num_batched_tokens=6)
     scheduler.add_request(make_request("a", prompt=3, max_tokens=9))
     scheduler.add_request(make_request("b", prompt=9, max_tokens=9))
     scheduler.add_request(make_request("c", prompt=2, max_tokens=9))
@@ -92,7 +82,7 @@ def test_decodes_and_pieces_of_prompts_share_a_step() -> None:
 
 
 def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole() -> None:
-    scheduler, runner = make(max_num_batched_tokens=8, enable_chunked_prefill=False)
+    scheduler, runner = make_scheduler(max_num_batched_tokens=8, enable_chunked_prefill=False)
     scheduler.add_request(make_request("a", prompt=3, max_tokens=3))
     scheduler.add_request(make_request("b", prompt=8, max_tokens=2))
     scheduler.add_request(make_request("c", prompt=1, max_tokens=1))
@@ -106,7 +96,9 @@ def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole() -> None:
 
 
 def test_without_chunked_prefill_one_that_outgrew_a_step_still_resumes() -> None:
-    scheduler, runner = make(num_blocks=5, max_num_batched_tokens=6, enable_chunked_prefill=False)
+    scheduler, runner = make_scheduler(
+        num_blocks=5, max_num_batched_tokens=6, enable_chunked_prefill=False
+    )
     requests = [make_request(name, prompt=4, max_tokens=12) for name in "ab"]
     for request in requests:
         scheduler.add_request(request)
@@ -117,7 +109,7 @@ def test_without_chunked_prefill_one_that_outgrew_a_step_still_resumes() -> None
 
 
 def test_max_num_seqs_bounds_who_runs() -> None:
-    scheduler, runner = make(max_num_seqs=2)
+    scheduler, runner = make_scheduler(max_num_seqs=2)
     for name in "abc":
         scheduler.add_request(make_request(name, max_tokens=2))
     batch = step(scheduler, runner)
@@ -134,7 +126,7 @@ def test_max_num_seqs_bounds_who_runs() -> None:
 
 
 def test_who_waits_for_blocks_is_not_overtaken() -> None:
-    scheduler, runner = make(num_blocks=4)
+    scheduler, runner = make_scheduler(num_blocks=4)
     scheduler.add_request(make_request("a", prompt=8, max_tokens=4))
     scheduler.add_request(make_request("b", prompt=12, max_tokens=1))
     scheduler.add_request(make_request("c", prompt=1, max_tokens=1))
@@ -148,7 +140,7 @@ def test_who_waits_for_blocks_is_not_overtaken() -> None:
 
 
 def test_the_latest_arrival_gives_way_and_is_computed_again() -> None:
-    scheduler, runner = make(num_blocks=4)
+    scheduler, runner = make_scheduler(num_blocks=4)
     a, b, c = requests = [make_request(name, prompt=4, max_tokens=8) for name in "abc"]
     for request in requests:
         scheduler.add_request(request)
@@ -172,7 +164,7 @@ def test_the_latest_arrival_gives_way_and_is_computed_again() -> None:
 
 
 def test_the_last_in_order_preempts_only_itself() -> None:
-    scheduler, runner = make(num_blocks=4)
+    scheduler, runner = make_scheduler(num_blocks=4)
     scheduler.add_request(make_request("a", prompt=8, max_tokens=8))
     scheduler.add_request(make_request("b", prompt=8, max_tokens=2))
     step(scheduler, runner)
@@ -183,7 +175,7 @@ def test_the_last_in_order_preempts_only_itself() -> None:
 
 
 def test_a_preempted_request_comes_before_later_arrivals() -> None:
-    scheduler, runner = make(num_blocks=3, max_num_seqs=2)
+    scheduler, runner = make_scheduler(num_blocks=3, max_num_seqs=2)
     for name in "abc":
         scheduler.add_request(make_request(name, prompt=4, max_tokens=5))
     batch = step(scheduler, runner)
@@ -198,7 +190,7 @@ def test_a_preempted_request_comes_before_later_arrivals() -> None:
 
 
 def test_the_smallest_pool_serves_everybody_in_turn() -> None:
-    scheduler, runner = make(num_blocks=3)
+    scheduler, runner = make_scheduler(num_blocks=3)
     requests = [make_request(f"{i}", prompt=5, max_tokens=8, seed=i) for i in range(6)]
     for request in requests:
         scheduler.add_request(request)
@@ -212,7 +204,7 @@ def test_the_smallest_pool_serves_everybody_in_turn() -> None:
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_end_of_sequence_ends_unless_ignored(ignore_eos: bool) -> None:
-    scheduler, _ = make()
+    scheduler, _ = make_scheduler()
     request = make_request("a", max_tokens=3, ignore_eos=ignore_eos, eos_token_ids=(9,))
     scheduler.add_request(request)
     for _ in range(3 if ignore_eos else 1):
@@ -226,7 +218,7 @@ def test_end_of_sequence_ends_unless_ignored(ignore_eos: bool) -> None:
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_stop_token_ends_and_is_named(ignore_eos: bool) -> None:
-    scheduler, _ = make()
+    scheduler, _ = make_scheduler()
     request = make_request("a", stop_token_ids=(8, 9), ignore_eos=ignore_eos)
     scheduler.add_request(request)
     batch = scheduler.schedule()
@@ -235,7 +227,7 @@ def test_a_stop_token_ends_and_is_named(ignore_eos: bool) -> None:
 
 
 def test_nothing_stops_before_min_tokens() -> None:
-    scheduler, _ = make()
+    scheduler, _ = make_scheduler()
     request = make_request("a", max_tokens=6, min_tokens=3, stop_token_ids=(9,), eos_token_ids=(9,))
     scheduler.add_request(request)
     while not request.is_finished:
@@ -246,7 +238,7 @@ def test_nothing_stops_before_min_tokens() -> None:
 
 @pytest.mark.parametrize("max_tokens", [None, 100])
 def test_the_models_length_ends_a_request(max_tokens: int | None) -> None:
-    scheduler, runner = make(max_model_len=8, num_blocks=2)
+    scheduler, runner = make_scheduler(max_model_len=8, num_blocks=2)
     request = make_request("a", prompt=7, max_tokens=max_tokens)
     scheduler.add_request(request)
     drain(scheduler, runner)
@@ -254,7 +246,7 @@ def test_the_models_length_ends_a_request(max_tokens: int | None) -> None:
 
 
 def test_the_engine_may_finish_a_request() -> None:
-    scheduler, runner = make()
+    scheduler, runner = make_scheduler()
     request = make_request("a")
     scheduler.add_request(request)
     step(scheduler, runner)
@@ -265,7 +257,7 @@ def test_the_engine_may_finish_a_request() -> None:
 
 
 def test_abort_frees_everything_at_once_in_any_state() -> None:
-    scheduler, runner = make(num_blocks=4, max_num_seqs=2)
+    scheduler, runner = make_scheduler(num_blocks=4, max_num_seqs=2)
     running, preempted, waiting = (
         make_request(name, prompt=6, max_tokens=6) for name in ("r", "p", "w")
     )
@@ -285,7 +277,7 @@ def test_abort_frees_everything_at_once_in_any_state() -> None:
 
 
 def test_what_is_computed_for_an_aborted_request_is_ignored() -> None:
-    scheduler, runner = make()
+    scheduler, runner = make_scheduler()
     aborted, other = make_request("a", prompt=4), make_request("b", prompt=4)
     scheduler.add_request(aborted)
     scheduler.add_request(other)
@@ -328,7 +320,7 @@ def test_what_is_computed_for_an_aborted_request_is_ignored() -> None:
 def test_what_can_never_fit_is_refused_with_the_numbers(
     fields: dict[str, object], prompt: int, max_tokens: int | None, numbers: list[str]
 ) -> None:
-    scheduler, _ = make(**fields)
+    scheduler, _ = make_scheduler(**fields)
     with pytest.raises(RequestError) as error:
         scheduler.add_request(make_request("a", prompt=prompt, max_tokens=max_tokens))
     for number in ["'a'", *numbers]:
@@ -346,13 +338,13 @@ def test_what_can_never_fit_is_refused_with_the_numbers(
     ],
 )
 def test_what_just_fits_is_served(fields: dict[str, object], prompt: int, max_tokens: int) -> None:
-    scheduler, runner = make(**fields)
+    scheduler, runner = make_scheduler(**fields)
     scheduler.add_request(make_request("a", prompt=prompt, max_tokens=max_tokens))
     drain(scheduler, runner)
 
 
 def test_an_id_in_use_is_refused() -> None:
-    scheduler, _ = make()
+    scheduler, _ = make_scheduler()
     scheduler.add_request(make_request("a"))
     with pytest.raises(RequestError, match="'a' is already being served"):
         scheduler.add_request(make_request("a"))
@@ -370,7 +362,7 @@ def test_a_config_checks_its_numbers(name: str) -> None:
 
 
 def test_update_wants_the_batch_that_was_planned() -> None:
-    scheduler, runner = make()
+    scheduler, runner = make_scheduler()
     for name in "ab":
         scheduler.add_request(make_request(name))
     batch = scheduler.schedule()
@@ -382,9 +374,31 @@ def test_update_wants_the_batch_that_was_planned() -> None:
         scheduler.update(batch, output)
 
 
+def test_a_step_that_failed_is_computed_again() -> None:
+    scheduler, runner = make_scheduler(enable_prefix_caching=True)
+    gone, *requests = [make_request(name, prompt=6, seed=i) for i, name in enumerate("xab")]
+    scheduler.add_request(gone)
+    step(scheduler, runner)
+    scheduler.abort_request("x")
+    for request in requests:
+        scheduler.add_request(request)
+    batch = scheduler.schedule()
+    assert batch.dropped_request_ids == ("x",)
+    scheduler.discard(batch)
+    scheduler.discard(batch)
+    scheduler.check_invariants()
+    assert scheduler.num_free_blocks == scheduler.num_blocks
+    following = step(scheduler, runner)
+    assert following.dropped_request_ids[0] == "x"
+    assert shape(following) == [("a", 4, 2, True), ("b", 4, 2, True)]
+    drain(scheduler, runner)
+    for request in requests:
+        assert request.output_token_ids == expected_tokens(request)
+
+
 def test_update_wants_one_answer_each_in_order() -> None:
     for mend in (lambda answers: answers[::-1], lambda answers: answers[:1]):
-        scheduler, runner = make()
+        scheduler, runner = make_scheduler()
         for name in "ab":
             scheduler.add_request(make_request(name))
         batch = scheduler.schedule()
