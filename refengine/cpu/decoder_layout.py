@@ -30,7 +30,7 @@ _INTEGERS = (
     "rotary_dim",
     "gelu",  # 0: silu
     "num_tokens",
-    "num_seqs",
+    "item_tokens",  # tokens that a thread takes at a time
     "max_blocks",
     "num_blocks",
     "block_size",

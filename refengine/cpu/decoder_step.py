@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from refengine.models.decoder_weights import DecoderWeights
 
 _SMALLEST_CAPACITY = 16
+_ITEM_TOKENS = 8
 _FITS, _BAD_TOKEN, _BAD_POSITION, _BAD_SLOT, _BAD_SEQUENCE = range(5)
 
 
@@ -348,7 +349,9 @@ def _run(
     step.slot_mapping, step.block_tables = address_of(slot_mapping), address_of(block_tables)
     step.key_caches, step.value_caches = address_of(key_caches), address_of(value_caches)
     step.normalised = address_of(out)
-    step.num_tokens, step.num_seqs = num_tokens, seq_lens.shape[0]
+    step.num_tokens = num_tokens
+    # Neighbouring rows lie together, and are read ahead; but nobody should wait for the last item.
+    step.item_tokens = max(1, min(_ITEM_TOKENS, num_tokens // (4 * workers)))
     step.max_blocks = block_tables.shape[1]
     step.num_blocks, step.block_size = num_blocks, block_size
     group = step.q_heads // step.kv_heads

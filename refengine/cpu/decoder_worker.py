@@ -7,14 +7,14 @@ as the kernels of this folder do, with the same sums, so the result has the same
 Stages of a layer, and their items:
 
 1. query, key and value product             group of outputs by block of tokens
-2. head norms, rotation, write to the cache  token
+2. head norms, rotation, write to the cache  some tokens
 3. attention                                 tile of tokens by KV heads
 4. output product                            as 1
-5. add to the stream, norm                   token
+5. add to the stream, norm                   some tokens
 6. gate and up product                       as 1
-7. activation                                token
+7. activation                                some tokens
 8. down product                              as 1
-9. add to the stream, the next layer's norm  token
+9. add to the stream, the next layer's norm  some tokens
 """
 
 from __future__ import annotations
@@ -133,6 +133,18 @@ def _lap(step: Any, worker: int, name: int, since: int) -> int:
 
 
 @inner
+def _token_items(step: Any) -> int:
+    """How many items the tokens make, in stages that take tokens one by one."""
+    return (step.num_tokens + step.item_tokens - 1) // step.item_tokens  # type: ignore[no-any-return]
+
+
+@inner
+def _tokens(step: Any, item: int) -> tuple[int, int]:
+    """The first token of an item, and the one after its last."""
+    return item * step.item_tokens, min((item + 1) * step.item_tokens, step.num_tokens)
+
+
+@inner
 def _product(
     step: Any, workers: int, stage: int, address: int, layer: int, in_features: int,
     out_features: int, embedding: Any, words: Any, words_at: int, words_stride: int,
@@ -165,15 +177,17 @@ def _embed(step: Any, worker: int, stage: int, embedding: Any) -> None:
     width = 4 // embedding.itemsize
     steps = (step.hidden + width - 1) // width
     row_at = step.rows_at + worker * step.row_stride
-    mine, t = 0, take(stages, stage)
-    while t < step.num_tokens:
-        # An odd row is one element longer packed than it is in the stream.
-        unpack_row(embedding, token_ids[t], steps, width, floats, row_at)
-        residual_at = step.residual_at + t * step.hidden
-        for i in range(step.hidden):
-            floats[residual_at + i] = floats[row_at + i] * step.embedding_multiplier
-        mine, t = mine + 1, take(stages, stage)
-    finish(stages, stage, step.num_tokens, mine)
+    items, mine, item = _token_items(step), 0, take(stages, stage)
+    while item < items:
+        first, last = _tokens(step, item)
+        for t in range(first, last):
+            # An odd row is one element longer packed than it is in the stream.
+            unpack_row(embedding, token_ids[t], steps, width, floats, row_at)
+            residual_at = step.residual_at + t * step.hidden
+            for i in range(step.hidden):
+                floats[residual_at + i] = floats[row_at + i] * step.embedding_multiplier
+        mine, item = mine + 1, take(stages, stage)
+    finish(stages, stage, items, mine)
 
 
 @inner
@@ -200,25 +214,27 @@ def _norm_rows(
     own = array_at(step.vectors + 4 * max(own_at, 0), np.float32)
     normalised = array_at(step.normalised, np.float32)
     row_at = step.rows_at + worker * step.row_stride
-    mine, t = 0, take(stages, stage)
-    while t < step.num_tokens:
-        result_at, stream_at = step.result_at + t * size, step.residual_at + t * size
-        if own_at >= 0:
-            rms_norm_row(floats, result_at, own, size, eps, floats, result_at)
-        if add:
-            fused_add_rms_norm_row(
-                floats, result_at, floats, stream_at, norm, size, eps, floats, row_at
-            )
-        else:
-            rms_norm_row(floats, stream_at, norm, size, eps, floats, row_at)
-        if to_words:
-            at = step.x_words_at + t * step.x_words
-            fill_words(floats, row_at, embedding, arena, at, 0, size)
-        else:
-            for i in range(size):
-                normalised[t * size + i] = floats[row_at + i]
-        mine, t = mine + 1, take(stages, stage)
-    finish(stages, stage, step.num_tokens, mine)
+    items, mine, item = _token_items(step), 0, take(stages, stage)
+    while item < items:
+        first, last = _tokens(step, item)
+        for t in range(first, last):
+            result_at, stream_at = step.result_at + t * size, step.residual_at + t * size
+            if own_at >= 0:
+                rms_norm_row(floats, result_at, own, size, eps, floats, result_at)
+            if add:
+                fused_add_rms_norm_row(
+                    floats, result_at, floats, stream_at, norm, size, eps, floats, row_at
+                )
+            else:
+                rms_norm_row(floats, stream_at, norm, size, eps, floats, row_at)
+            if to_words:
+                at = step.x_words_at + t * step.x_words
+                fill_words(floats, row_at, embedding, arena, at, 0, size)
+            else:
+                for i in range(size):
+                    normalised[t * size + i] = floats[row_at + i]
+        mine, item = mine + 1, take(stages, stage)
+    finish(stages, stage, items, mine)
 
 
 @inner
@@ -233,23 +249,25 @@ def _finish_heads(step: Any, stage: int, layer: int, embedding: Any) -> None:
     key_cache = array_at(step.key_caches + layer * layer_bytes, embedding)
     value_cache = array_at(step.value_caches + layer * layer_bytes, embedding)
     heads = q_heads + 2 * kv_heads
-    mine, t = 0, take(stages, stage)
-    while t < step.num_tokens:
-        for head in range(heads):
-            at = step.qkv_at + (t * heads + head) * head_dim
-            if head < q_heads + kv_heads:
-                norm_at = step.q_norm_at if head < q_heads else step.k_norm_at
-                if norm_at >= 0:
-                    norm = array_at(step.vectors + 4 * (norm_at + layer * head_dim), np.float32)
-                    rms_norm_row(floats, at, norm, head_dim, step.eps, floats, at)
-                rotate_head(floats, at, rotary, positions[t] * step.rotary_dim, step.rotary_dim)
-        if slots[t] >= 0:
-            key_at = step.qkv_at + (t * heads + q_heads) * head_dim
-            size = kv_heads * head_dim  # a token's heads lie together
-            write_kv_head(floats, key_at, key_cache, slots[t] * size, size)
-            write_kv_head(floats, key_at + size, value_cache, slots[t] * size, size)
-        mine, t = mine + 1, take(stages, stage)
-    finish(stages, stage, step.num_tokens, mine)
+    items, mine, item = _token_items(step), 0, take(stages, stage)
+    while item < items:
+        first, last = _tokens(step, item)
+        for t in range(first, last):
+            for head in range(heads):
+                at = step.qkv_at + (t * heads + head) * head_dim
+                if head < q_heads + kv_heads:
+                    norm_at = step.q_norm_at if head < q_heads else step.k_norm_at
+                    if norm_at >= 0:
+                        norm = array_at(step.vectors + 4 * (norm_at + layer * head_dim), np.float32)
+                        rms_norm_row(floats, at, norm, head_dim, step.eps, floats, at)
+                    rotate_head(floats, at, rotary, positions[t] * step.rotary_dim, step.rotary_dim)
+            if slots[t] >= 0:
+                key_at = step.qkv_at + (t * heads + q_heads) * head_dim
+                size = kv_heads * head_dim  # a token's heads lie together
+                write_kv_head(floats, key_at, key_cache, slots[t] * size, size)
+                write_kv_head(floats, key_at + size, value_cache, slots[t] * size, size)
+        mine, item = mine + 1, take(stages, stage)
+    finish(stages, stage, items, mine)
 
 
 @inner
@@ -298,12 +316,14 @@ def _fill_attention(step: Any, stage: int, embedding: Any, words: Any) -> None:
     """Attention's rows as words, where a group of heads does not end on a multiple of 16."""
     stages, floats = array_at(step.stages, np.int64), array_at(step.floats, np.float32)
     arena, size = array_at(step.words, words), step.q_heads * step.head_dim
-    mine, t = 0, take(stages, stage)
-    while t < step.num_tokens:
-        at = step.attention_words_at + t * step.attention_words
-        fill_words(floats, step.attention_at + t * size, embedding, arena, at, 0, size)
-        mine, t = mine + 1, take(stages, stage)
-    finish(stages, stage, step.num_tokens, mine)
+    items, mine, item = _token_items(step), 0, take(stages, stage)
+    while item < items:
+        first, last = _tokens(step, item)
+        for t in range(first, last):
+            at = step.attention_words_at + t * step.attention_words
+            fill_words(floats, step.attention_at + t * size, embedding, arena, at, 0, size)
+        mine, item = mine + 1, take(stages, stage)
+    finish(stages, stage, items, mine)
 
 
 @inner
@@ -312,14 +332,16 @@ def _gate(step: Any, worker: int, stage: int, embedding: Any, words: Any) -> Non
     stages, floats = array_at(step.stages, np.int64), array_at(step.floats, np.float32)
     arena, size = array_at(step.words, words), step.width
     row_at = step.rows_at + worker * step.row_stride
-    mine, t = 0, take(stages, stage)
-    while t < step.num_tokens:
-        gate_up_at = step.gate_up_at + t * 2 * size
-        if step.gelu:
-            gelu_tanh_and_mul_row(floats, gate_up_at, size, floats, row_at)
-        else:
-            silu_and_mul_row(floats, gate_up_at, size, floats, row_at)
-        at = step.gated_words_at + t * step.gated_words
-        fill_words(floats, row_at, embedding, arena, at, 0, size)
-        mine, t = mine + 1, take(stages, stage)
-    finish(stages, stage, step.num_tokens, mine)
+    items, mine, item = _token_items(step), 0, take(stages, stage)
+    while item < items:
+        first, last = _tokens(step, item)
+        for t in range(first, last):
+            gate_up_at = step.gate_up_at + t * 2 * size
+            if step.gelu:
+                gelu_tanh_and_mul_row(floats, gate_up_at, size, floats, row_at)
+            else:
+                silu_and_mul_row(floats, gate_up_at, size, floats, row_at)
+            at = step.gated_words_at + t * step.gated_words
+            fill_words(floats, row_at, embedding, arena, at, 0, size)
+        mine, item = mine + 1, take(stages, stage)
+    finish(stages, stage, items, mine)
