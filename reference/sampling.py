@@ -15,6 +15,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _MASK = 2**64 - 1
+_STRETCH = 256  # tokens; about the square root of a vocabulary
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: the step of SplitMix64
 
 
@@ -130,42 +131,56 @@ def _nucleus(logits: Float32, top_p: float) -> npt.NDArray[np.intp]:
     Sorting a whole vocabulary costs more than the model's last layer, and the nucleus is nearly
     always small: so look among ever more of the likeliest tokens until they hold enough.
     """
+    left = np.flatnonzero(logits > -np.inf)  # what other filters have left over
+    logits = logits[left]
     weights = softmax_weights(logits)
-    wanted = top_p * weights.sum()
+    wanted = top_p * weights.sum(dtype=np.float64)
     size = 256
     while True:
+        candidates = np.arange(logits.size)
         if size < logits.size:
             # All that tie with the last candidate come along, so that ties break by token id.
             threshold = np.partition(logits, -size)[-size]
             candidates = np.flatnonzero(logits >= threshold)
-        else:
-            candidates = np.arange(logits.size)
         order = candidates[np.argsort(-logits[candidates], kind="stable")]
-        cumulative = np.cumsum(weights[order])
+        cumulative = np.cumsum(weights[order], dtype=np.float64)
         # A token stays while those before it do not reach top_p.
         count = int(np.searchsorted(cumulative, wanted, side="left")) + 1
         if count <= order.size or order.size == logits.size:
-            return order[:count]
+            return left[order[:count]]
         size *= 8
 
 
-def softmax_weights(logits: Float32) -> Float64:
-    """``exp(logits - max)`` in float64, ``[vocab]``: probabilities before normalisation."""
-    weights: Float64 = np.exp(logits - logits.max()).astype(np.float64)
+def softmax_weights(logits: Float32) -> Float32:
+    """``exp(logits - max)``, ``[vocab]``: probabilities before normalisation."""
+    weights: Float32 = np.exp(logits - logits.max())
     return weights
 
 
 def sample(logits: Float32, uniform: float) -> int:
     """Draw a token from ``softmax(logits)`` by inverting its cumulative distribution.
 
+    The distribution is summed in stretches of 256 tokens first, so that only one stretch has to be
+    accumulated token by token. Sums are float64: a vocabulary's float32 sum would lose the tail.
+
     Args:
         logits: ``[vocab]``, temperature applied.
         uniform: a number in [0, 1).
     """
-    cumulative = np.cumsum(softmax_weights(logits))
-    token = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    # Rounding can push the product past the last token that has any probability.
-    return min(token, int(np.flatnonzero(logits > -np.inf)[-1]))
+    weights = softmax_weights(logits)
+    starts = np.arange(0, weights.size, _STRETCH)
+    sums = np.add.reduceat(weights, starts, dtype=np.float64)  # [num_stretches]
+    cumulative = np.cumsum(sums)
+    target = uniform * cumulative[-1]
+    # 1 The stretch. Rounding can push the target past the last one that has any probability.
+    stretch = int(np.searchsorted(cumulative, target, side="right"))
+    stretch = min(stretch, int(np.flatnonzero(sums > 0)[-1]))
+    # 2 The token in it, under the same caution.
+    first = int(starts[stretch])
+    inside = weights[first : first + _STRETCH]
+    target -= cumulative[stretch] - sums[stretch]
+    token = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target, side="right"))
+    return first + min(token, int(np.flatnonzero(inside)[-1]))
 
 
 def log_softmax(logits: Float32) -> Float32:
