@@ -157,7 +157,9 @@ def _grammar(library: Any, structure: StructuredOutput) -> str:
     kind, value = structure.kind, structure.value
     matcher = library.LLMatcher
     if kind == "json_schema":
-        return str(matcher.grammar_from_json_schema(value))
+        # Blanks between tokens would let a model that likes them never come to an end.
+        options = {"whitespace_flexible": False}
+        return str(matcher.grammar_from_json_schema(value, defaults=options))
     if kind == "regex":
         return str(matcher.grammar_from_regex(value))
     return str(matcher.grammar_from_lark(value))

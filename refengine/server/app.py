@@ -58,7 +58,9 @@ def _begin() -> flask.Response | None:
         return flask.Response(status=204)
     if config.api_key is not None and request.path != "/health":
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("utf-8", "replace"), config.api_key.encode())
+        right = hmac.compare_digest(
+            key.strip().encode("latin-1", "replace"), config.api_key.encode()
+        )
         if scheme.lower() != "bearer" or not right:
             raise ApiError(
                 401,

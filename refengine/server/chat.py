@@ -207,7 +207,8 @@ class _Writer:
                 return data
             text = f'{self._before}{choice.index}, "delta": {{"content": {json.dumps(delta.text)}'
             return data + (text + self._after).encode()
-        text, calls, reason = delta.text, [], delta.finish_reason
+        text, reason = delta.text, delta.finish_reason
+        calls: list[dict[str, Any]] = []
         if parser is not None:
             first = len(parser.calls)
             text, calls = parser.append(delta.text)

@@ -13,7 +13,7 @@ from refengine.server.context import Context, current
 from refengine.server.errors import ApiError, invalid
 from refengine.server.generation import Choice, Generation, fan_out, usage
 from refengine.server.json_body import read_body
-from refengine.server.logprob_format import completion_logprobs
+from refengine.server.logprob_format import completion_logprobs, num_characters
 from refengine.server.messages import Delta
 from refengine.server.sampling import sampling_params
 from refengine.server.schemas import CompletionRequest
@@ -134,7 +134,7 @@ class _Writer:
         logprobs = None
         if count is not None:
             logprobs = completion_logprobs(tokenizer, token_ids, all_entries, count, offset)
-            offset += sum(len(token) for token in logprobs["tokens"])
+            offset += sum(num_characters(tokenizer, token_id) for token_id in token_ids)
         choice.state = offset
         reason = delta.finish_reason
         return {

@@ -86,11 +86,11 @@ class Context:
             raise unavailable(self.client.reason)
         return info
 
-    def check_room(self, num_requests: int) -> None:
-        """Refuse what the queue has no room for.
+    def limit_in_flight(self, num_requests: int) -> int:
+        """Engine requests that may be in flight.
 
         Raises:
-            ApiError: 429, or 400 where it could never fit.
+            ApiError: 400 where so many could never be.
         """
         limit = self.max_num_seqs + self.config.max_queue
         if num_requests > limit:
@@ -99,14 +99,7 @@ class Context:
                 f"this asks for {num_requests} answers at once; at most {limit} can be in flight",
                 code="too_many_choices",
             )
-        in_flight = self.client.num_in_flight
-        if in_flight + num_requests > limit:
-            raise ApiError(
-                429,
-                f"{in_flight} requests are in flight and {limit} may be (--max-queue)",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+        return limit
 
     def check_structure(self, structure: StructuredOutput | None, param: str) -> None:
         """Compile a structure, so that the engine meets none that it can't.

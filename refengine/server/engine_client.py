@@ -36,6 +36,10 @@ class EngineSource(Protocol):
         """Wait for its end, and enforce it after ``timeout`` seconds."""
 
 
+class TooManyRequestsError(Exception):
+    """No more may be in flight; the message says how many are."""
+
+
 class EngineUnavailableError(Exception):
     """There is no engine to serve a request; the message says why."""
 
@@ -84,19 +88,25 @@ class EngineClient:
         """Engine requests that have not ended."""
         return len(self._sinks)
 
-    def submit(self, requests: Sequence[tuple[AddRequest, Sink]]) -> None:
+    def submit(self, requests: Sequence[tuple[AddRequest, Sink]], limit: int) -> None:
         """Queue requests, all or none.
 
         Args:
             requests: each with what its deltas are given to, on the client's own thread: it must
                 be quick and raise nothing. The last delta has a finish_reason or an error.
+            limit: of requests in flight, with these.
 
         Raises:
+            TooManyRequestsError: where there would be more.
             EngineUnavailableError: where there is no engine.
         """
         with self._lock:
             if self.state != "ready":
                 raise EngineUnavailableError(self.reason)
+            if len(self._sinks) + len(requests) > limit:
+                raise TooManyRequestsError(
+                    f"{len(self._sinks)} requests are in flight and {limit} may be (--max-queue)"
+                )
             for request, sink in requests:
                 self._sinks[request.request_id] = sink
             for request, _ in requests:
@@ -112,7 +122,9 @@ class EngineClient:
     def stop(self, timeout: float = 5.0) -> None:
         """End the engine; whatever still runs gets an error."""
         with self._lock:
-            self.state, self.reason = "stopped", "the server is shutting down"
+            if self.state != "dead":
+                self.reason = "the server is shutting down"
+            self.state = "stopped"
             self._send(Shutdown())
         self._source.end(timeout)
         self._fail_all("the server is shutting down")

@@ -109,14 +109,12 @@ def from_validation_error(error: ValidationError, unsupported: dict[str, str]) -
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         why = unsupported.get(name) if len(first["loc"]) == 1 else None
-        message = (
-            f"{param} is not supported by this server{': ' + why if why else ''}; leave it out"
-            if why is not None
-            else f"{param} is not a field of this request; leave it out"
-        )
+        message = f"{param} is not a field of this request; leave it out"
+        if why is not None:
+            message = f"{param} is not supported by this server: {why}; leave it out"
         return ApiError(400, message, param=param, code="unsupported_parameter")
     if first["type"] == "missing":
-        return ApiError(400, f"{param} is missing; it is required", param=param, code="missing_required_parameter")  # fmt: skip
+        return invalid(param, f"{param} is missing; it is required", "missing_required_parameter")
     same = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
     reasons = list(dict.fromkeys(_sentence(fault["msg"]) for fault in same))[:4]
     came = _shown(first.get("input"))

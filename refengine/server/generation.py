@@ -15,7 +15,7 @@ import flask
 
 from refengine.sampling_params import SamplingParams
 from refengine.server.context import Context, unavailable
-from refengine.server.engine_client import EngineUnavailableError
+from refengine.server.engine_client import EngineUnavailableError, TooManyRequestsError
 from refengine.server.errors import ApiError
 from refengine.server.event_stream import EventStream
 from refengine.server.messages import AddRequest, Delta
@@ -55,7 +55,7 @@ def fan_out(prompts: Sequence[tuple[int, ...]], params: SamplingParams, n: int) 
 
     Each has a seed of its own: choice 0 the request's, so that it is the answer that n=1 gives.
     """
-    choices = []
+    choices: list[Choice] = []
     for prompt in prompts:
         for number in range(n):
             own = params
@@ -170,7 +170,7 @@ class Generation:
     ) -> None:
         context = self.context
         context.engine_info()
-        context.check_room(len(self.choices))
+        limit = context.limit_in_flight(len(self.choices))
         self._left = len(self.choices)
         self._listener = listener
         requests = []
@@ -185,7 +185,11 @@ class Generation:
             )
             requests.append((request, self._sink(choice)))
         try:
-            context.client.submit(requests)
+            context.client.submit(requests, limit)
+        except TooManyRequestsError as error:
+            raise ApiError(
+                429, str(error), code="queue_full", headers={"Retry-After": "1"}
+            ) from None
         except EngineUnavailableError as error:
             raise unavailable(str(error)) from None
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import flask
 from pydantic import BaseModel, ValidationError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from refengine.server.errors import ApiError, from_validation_error
 
@@ -52,6 +52,9 @@ def read_json(*, any_type: bool = False) -> dict[str, Any]:
         raise
     except (OSError, ValueError) as error:
         raise ApiError(400, f"the body could not be read: {error}", code="bad_body") from None
+    limit = flask.current_app.config["MAX_CONTENT_LENGTH"]
+    if request.content_length is None and len(raw) >= limit:
+        raise RequestEntityTooLarge  # a chunked body is cut off there, without an error
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

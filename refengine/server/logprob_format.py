@@ -56,9 +56,9 @@ def completion_logprobs(
     """
     tokens = [token_text(tokenizer, token_id) for token_id in token_ids]
     offsets = []
-    for text in tokens:
+    for token_id in token_ids:
         offsets.append(offset)
-        offset += len(text)
+        offset += num_characters(tokenizer, token_id)
     top: list[dict[str, float] | None] = []
     for entry in entries:
         if entry is None:
@@ -90,8 +90,17 @@ def likeliest(entry: Mapping[int, Logprob], count: int) -> list[int]:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as text; bytes that are no character become U+FFFD."""
-    return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+    r"""A token as text, or as ``bytes:\xe2\x82`` where it is no whole character."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def num_characters(tokenizer: Tokenizer, token_id: int) -> int:
+    """Characters that begin in a token."""
+    return sum(byte & 0xC0 != 0x80 for byte in tokenizer.token_bytes(token_id))
 
 
 def _describe(tokenizer: Tokenizer, token_id: int, value: Logprob) -> dict[str, Any]:

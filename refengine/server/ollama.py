@@ -189,7 +189,8 @@ class _Writer:
 
     def part(self, delta: Delta) -> dict[str, Any]:
         """A line of a stream, or a whole answer."""
-        text, calls = delta.text, []
+        text = delta.text
+        calls: list[dict[str, Any]] = []
         finished = delta.finish_reason is not None
         if self.parser is not None:
             text, calls = self.parser.append(delta.text)

@@ -55,7 +55,7 @@ class ToolForm:
 
     def grammar(self, tools: Sequence[Mapping[str, Any]], name: str | None) -> StructuredOutput:
         """A structure in which the answer must be a call, of ``name`` or of any tool."""
-        calls = []
+        calls: list[dict[str, Any]] = []
         for tool in tools:
             function = tool["function"]
             if name is not None and function["name"] != name:
@@ -102,7 +102,8 @@ class ToolParser:
         self._held += text
         if not self.form.tagged:
             return self._append_bare()
-        shown, calls = "", []
+        shown = ""
+        calls: list[dict[str, Any]] = []
         while True:
             if self._inside:
                 inside, found, rest = self._held.partition(CLOSE)
