@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +63,12 @@ class Recorder:
         frame: Any = sys._getframe(2)
         place = []
         while frame is not None and Path(frame.f_code.co_filename).name in _HELPERS:
-            place.append((frame.f_code.co_name, frame.f_lasti))
+            place.append((frame.f_code.co_name, frame.f_lineno))
             frame = frame.f_back
         if frame is None:
             return
         line = frame.f_code.co_filename, frame.f_lineno
-        key = (*place, frame.f_code, frame.f_lasti)
+        key = (*place, frame.f_code, _position(frame.f_code, frame.f_lasti))
         with self.lock:
             self.threads.add((block, number))
             turn = self.turns[block, number, key, store]
@@ -162,6 +163,16 @@ def count_case(
     _watch_ours(recorder)
     call_plain(function, spec, spec.build(case).arguments)
     return recorder.rows()
+
+
+@cache
+def _positions(code: Any) -> list[Any]:
+    return list(code.co_positions())
+
+
+def _position(code: Any, instruction: int) -> Any:
+    """Where in its line an instruction stands; its number changes while Python optimises it."""
+    return _positions(code)[instruction // 2]
 
 
 def _thread() -> tuple[tuple[int, int, int], int] | None:

@@ -183,7 +183,8 @@ def _flashinfer(target: Any) -> Function:
 
     Its ``plan`` gets the page table as compressed rows, ``run`` the query and both caches.
     """
-    wrapper = target if hasattr(target, "plan") else target()
+    is_wrapper = hasattr(target, "plan") and not isinstance(target, type)
+    wrapper = target if is_wrapper else target()
 
     def call(
         query: Any, key_cache: Any, value_cache: Any, block_tables: Any, seq_lens: Any,

@@ -61,7 +61,7 @@ def load_function(target: str) -> Function:
         if not hasattr(function, part):
             raise RefengineError(f"{place} has no {name!r}")
         function = getattr(function, part)
-    if not callable(function):
+    if not callable(function) and not hasattr(function, "plan"):
         raise RefengineError(f"{target} is a {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]
 

@@ -112,6 +112,16 @@ def check_kernel(
     return report
 
 
+def check_one(case: Case, runner: Runner) -> Report:
+    """Check one case on a runner that stays open."""
+    report = Report(case.kernel, runner.implementation.name)
+    checker = _Checker(find_kernel(case.kernel), runner, report)
+    checker.check(case)
+    checker.guess()
+    checker.shrink()
+    return report
+
+
 def default_dtypes(kind: str) -> tuple[str, ...]:
     """What is checked where nobody says: what every such array can hold."""
     return ("float32",) if kind == "numpy" else ("float32", "bfloat16")

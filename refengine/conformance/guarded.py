@@ -10,7 +10,7 @@ from refengine.conformance.precision import Array
 
 MARGIN = 4096  # bytes before and after
 # Read as float32, float16 or bfloat16 this is NaN; as an integer a large negative number.
-_CANARY = np.array([0xF7, 0xFF], np.uint8)
+_CANARY = np.uint16(0xFFF7)
 
 
 class Guarded:
@@ -36,7 +36,7 @@ class Guarded:
         memory = np.empty(size + 2 * MARGIN + 64, np.uint8)
         start = -memory.ctypes.data % 64
         self.host = memory[start : start + size + 2 * MARGIN]
-        self.host[:] = np.resize(_CANARY, self.host.size)
+        self.host.view(np.uint16)[:] = _CANARY
         self.view = self._view_of(self.host)
         self.kind, self.device = kind, device
         self.foreign: Any = None
@@ -51,8 +51,8 @@ class Guarded:
     def fill(self, contents: Array | None) -> None:
         """Write contents, or canaries, which read as NaN; remembers everything as it now is."""
         if contents is None:
-            fresh = np.resize(_CANARY, self.host.size)
-            self.view[...] = self._view_of(fresh)
+            words = np.full(self.host.size // 2, _CANARY)
+            self.view[...] = self._view_of(words.view(np.uint8))
         else:
             self.view[...] = contents
         self.before = self.host.copy()

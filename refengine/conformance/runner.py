@@ -28,6 +28,8 @@ MAX_HANGS = 3
 class Runner(Protocol):
     """Something that runs an implementation's cases."""
 
+    implementation: Implementation
+
     def start(self, kind: str, case: Case) -> None:
         """Begin a request: "case", "alone", "time" or "count"."""
 
