@@ -7,12 +7,16 @@ from typing import Any
 
 import click
 
+from refengine.cli.bench_serve import serve_command
 from refengine.cli.options import IntRange, engine_options, show_progress, take_engine_config
 
 
 @click.group("bench")
 def command() -> None:
     """Measure throughput and latency."""
+
+
+command.add_command(serve_command)
 
 
 @command.command("throughput")
