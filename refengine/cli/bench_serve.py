@@ -20,7 +20,7 @@ from refengine.cli.options import IntRange, show_progress
 from refengine.errors import RefengineError
 from refengine.measure import summarize
 
-WORDS = [
+WORDS = (
     "the",
     "of",
     "and",
@@ -35,13 +35,7 @@ WORDS = [
     "are",
     "as",
     "with",
-    "his",
-    "they",
-    "at",
-    "be",
-    "this",
-    "from",
-]
+)
 
 
 @dataclass(slots=True)
