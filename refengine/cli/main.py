@@ -68,7 +68,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        cli.main(arguments, prog_name="refengine", standalone_mode=False)
+        status = cli.main(arguments, prog_name="refengine", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -89,7 +89,8 @@ def run(arguments: list[str]) -> int:
         # The reader went away (`| head`). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    # ctx.exit(status) arrives here as a plain number.
+    return status if isinstance(status, int) else 0
 
 
 def _complain(message: str, hint: str = "") -> None:

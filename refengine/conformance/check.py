@@ -308,7 +308,8 @@ def _message(comparison: Comparison, name: str, want: Expected) -> str:
     if want.unit is None:
         return f"{name} is not what it must be, to the bit"
     if comparison.ratio >= CEILING:
-        return f"{name} is not finite, or further off than any rounding"
+        what = "is not finite" if comparison.num_nan + comparison.num_inf else "is far off"
+        return f"{name} {what}: no rounding in this precision explains that"
     return (
         f"error {comparison.ratio:.3g} times that of the same mathematics done densely "
         f"in this precision (limit {LIMIT:g})"
