@@ -1,10 +1,10 @@
 """Checks every CUDA kernel against float64, then times it beside the card's ceilings and peers.
 
-Run on a machine with an NVIDIA GPU: ``python benchmarks/gpu_kernels.py [--json FILE] [--only TEXT]``.
+On a machine with an NVIDIA GPU: ``python benchmarks/gpu_kernels.py [--json FILE] [--only TEXT]``.
 
 Times are medians over replays of a CUDA graph that holds many launches and rotates among inputs
-larger than the L2 cache together, so neither the host nor the cache flatters them. Attention's share
-is of the read ceiling (bytes of keys and values) or in TFLOP/s (of the causal triangle alone).
+larger than the L2 cache together, so neither the host nor the cache flatters them. Attention's
+share is of the read ceiling (bytes of keys and values) or in TFLOP/s (of the causal triangle alone).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,13 +85,11 @@ def ceilings() -> dict[str, float]:
     """What this card does here and now: copy and read in TB/s, bf16 products in TFLOP/s."""
     a = torch.randn(2**28, device=DEVICE)
     b = torch.empty_like(a)
-    copy = 2 * a.nbytes / graph_time([lambda: torch.neg(a, out=b)]) / 1e6
-    read = a.nbytes / graph_time([lambda: torch.sum(a)]) / 1e6
-    del a, b
-    x = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    y = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    z = torch.empty_like(x)
-    gemm = 2 * 8192**3 / graph_time([lambda: torch.matmul(x, y, out=z)]) / 1e6
+    copy = 2 * a.nbytes / graph_time([partial(torch.neg, a, out=b)]) / 1e6
+    read = a.nbytes / graph_time([partial(torch.sum, a)]) / 1e6
+    x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = partial(torch.matmul, x, y, out=torch.empty_like(x))
+    gemm = 2 * 8192**3 / graph_time([product]) / 1e6
     return {"copy TB/s": copy, "read TB/s": read, "bf16 GEMM TFLOP/s": gemm}
 
 
@@ -161,7 +160,10 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        pairs = sum(q * n - q * (q - 1) // 2 for n, q in zip(self.lens, self.news, strict=True))
+        pairs = 0
+        for length, new in zip(self.lens, self.news, strict=True):
+            limit = self.window or length
+            pairs += sum(min(at + 1, limit) for at in range(length - new, length))
         return 4 * pairs * self.num_q * self.head_dim
 
     def contiguous(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,47 +263,61 @@ PREFILL = {
 }  # fmt: skip
 
 
-def attention_rows(only: str, read: float) -> list[dict[str, Any]]:
-    """Every attention case: error, time, share of the bound, peers."""
+def attention_row(name: str, case: dict[str, Any], read: float) -> dict[str, Any]:
+    """One attention case: error, time, share of the bound, peers."""
     from torch.nn.attention import SDPBackend
 
+    decodes = name in DECODE
+    case = {"news": [1] * len(case["lens"]), **case}
+    problem = Attention(**case)
+    problem.run()
+    torch.cuda.synchronize()
+    error = problem.error([0, len(problem.lens) // 2, len(problem.lens) - 1])
+    copies = min(18, 1 + int(L2_BYTES / problem.kv_bytes)) if decodes else 2
+    problems = [problem, *(Attention(**case, seed=1 + i) for i in range(copies - 1))]
+
+    def share(time: float) -> str:
+        if decodes:
+            return f"{problem.kv_bytes / time / 1e6 / read:.1%}"
+        return f"{problem.flops / time / 1e6:.0f} TFLOP/s"
+
+    time = graph_time([p.run for p in problems])
+    row: dict[str, Any] = {"case": name, "us": time, "error": error, "reached": share(time)}
+    peers = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    for peer, backend in peers.items():
+        if problem.dtype != torch.float32:
+            runs = [run for p in problems if (run := sdpa(p, backend)) is not None]
+            if runs:
+                row[peer] = share(graph_time(runs))
+    return row
+
+
+def attention_rows(only: str, read: float) -> list[dict[str, Any]]:
+    """Every attention case."""
     rows = []
     for name, case in {**DECODE, **PREFILL}.items():
-        if only not in name:
-            continue
-        case = {"news": [1] * len(case["lens"]), **case}
-        problem = Attention(**case)
-        problem.run()
-        torch.cuda.synchronize()
-        error = problem.error([0, len(problem.lens) // 2, len(problem.lens) - 1])
-        copies = min(8, 1 + int(L2_BYTES / problem.kv_bytes)) if name in DECODE else 2
-        problems = [problem, *(Attention(**case, seed=1 + i) for i in range(copies - 1))]
-        time = graph_time([p.run for p in problems])
-        row: dict[str, Any] = {"case": name, "us": time, "error": error}
-        rate = problem.kv_bytes / time / 1e6
-        share = (lambda t: f"{problem.kv_bytes / t / 1e6 / read:.1%}") if name in DECODE else (
-            lambda t: f"{problem.flops / t / 1e6:.0f} TFLOP/s"
-        )
-        row["TB/s" if name in DECODE else "TFLOP/s"] = (
-            rate if name in DECODE else problem.flops / time / 1e6
-        )
-        row["reached"] = share(time)
-        for peer, backend in (
-            ("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ):  # fmt: skip
-            run = sdpa(problem, backend) if problem.dtype != torch.float32 else None
-            if run is not None:
-                runs = [run, *(r for p in problems[1:] if (r := sdpa(p, backend)))]
-                row[peer] = share(graph_time(runs))
-            del run
-        rows.append(row)
-        print_row(row)
-        del problem, problems
-        torch.cuda.empty_cache()
+        if only in name:
+            rows.append(attention_row(name, case, read))
+            print_row(rows[-1])
+            torch.cuda.empty_cache()
     return rows
 
 
 # ---------------------------------------------------------------- the copying kernels
+
+
+def torch_copy(caches: Sequence[torch.Tensor], order: torch.Tensor) -> None:
+    """``copy_blocks`` as torch has it."""
+    for cache in caches:
+        cache[0].index_copy_(0, order[:, 1], cache[0][order[:, 0]])
+
+
+def torch_write(
+    caches: Sequence[torch.Tensor], new: Sequence[torch.Tensor], slots: torch.Tensor
+) -> None:
+    """``write_kv`` as torch has it."""
+    for cache, rows in zip(caches, new, strict=True):
+        cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows)
 
 
 def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
@@ -309,7 +325,9 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
     rows = []
     torch.manual_seed(0)
 
-    def add(name: str, runs: list[Run], num_bytes: int, error: float, peer: Run | None = None) -> None:
+    def add(
+        name: str, runs: list[Run], num_bytes: int, error: float, peer: Run | None = None
+    ) -> None:
         time = graph_time(runs)
         row = {"case": name, "us": time, "error": error, "TB/s": num_bytes / time / 1e6}
         row["reached"] = f"{num_bytes / time / 1e6 / copy:.1%}"
@@ -330,9 +348,9 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
         want = [cache[0, order[:, 0]].clone() for cache in caches]
         blocks.copy_blocks(*caches, order)
         same = all(torch.equal(c[0, order[:, 1]], w) for c, w in zip(caches, want, strict=True))
-        peer = lambda c=caches, o=order: [x[0].index_copy_(0, o[:, 1], x[0][o[:, 0]]) for x in c]  # noqa: E731
-        run = lambda c=caches, o=order: blocks.copy_blocks(*c, o)  # noqa: E731
-        add(name, [run], 4 * pairs * 16 * 8 * 128 * 2, 0.0 if same else math.nan, peer)
+        run = partial(blocks.copy_blocks, *caches, order)
+        error = 0.0 if same else math.nan
+        add(name, [run], 4 * pairs * 16 * 8 * 128 * 2, error, partial(torch_copy, caches, order))
     for tokens in (64, 8192, 65536):
         name = f"write_kv {tokens} tokens"
         if only not in name:
@@ -344,11 +362,10 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
         same = all(
             torch.equal(c.view(-1, 8, 128)[slots], x) for c, x in zip(caches, sets[0], strict=True)
         )
-        peer = lambda c=caches, s=sets[0], i=slots: [  # noqa: E731
-            x.view(-1, 8, 128).index_copy_(0, i, y) for x, y in zip(c, s, strict=True)
-        ]
-        runs = [lambda s=s, c=caches, i=slots: write_kv.write_kv(*s, *c, i) for s in sets]
-        add(name, runs, 4 * tokens * 8 * 128 * 2, 0.0 if same else math.nan, peer)
+        runs = [partial(write_kv.write_kv, *new, *caches, slots) for new in sets]
+        error = 0.0 if same else math.nan
+        peer = partial(torch_write, caches, sets[0], slots)
+        add(name, list(runs), 4 * tokens * 8 * 128 * 2, error, peer)
     for tokens in (64, 8192):
         if only in "elementwise":
             x, residual, weight = half(tokens, 4096), half(tokens, 4096), half(4096)
@@ -357,17 +374,17 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
             wide = x.double()
             want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
             error = relative_error(out, want)
-            add(f"rms_norm {tokens} x 4096", [lambda: rms_norm.rms_norm(x, weight, 1e-6, out)],
+            add(f"rms_norm {tokens} x 4096", [partial(rms_norm.rms_norm, x, weight, 1e-6, out)],
                 2 * x.nbytes, error)  # fmt: skip
             add(f"fused_add_rms_norm {tokens} x 4096",
-                [lambda: rms_norm.fused_add_rms_norm(x, residual, weight, 1e-6, out)],
+                [partial(rms_norm.fused_add_rms_norm, x, residual, weight, 1e-6, out)],
                 4 * x.nbytes, error)  # fmt: skip
             gate = half(tokens, 2 * 14336)
             out = half(tokens, 14336)
             activation.silu_and_mul(gate, out)
             a, b = gate.double().chunk(2, -1)
             error = relative_error(out, torch.nn.functional.silu(a) * b)
-            add(f"silu_and_mul {tokens} x 14336", [lambda: activation.silu_and_mul(gate, out)],
+            add(f"silu_and_mul {tokens} x 14336", [partial(activation.silu_and_mul, gate, out)],
                 3 * out.nbytes, error)  # fmt: skip
             heads = half(tokens, 48, 128)
             positions = torch.arange(tokens, device=DEVICE)
@@ -380,7 +397,7 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
             want = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
             error = relative_error(heads[:, :40], want)
             add(f"rotary {tokens} x 40 heads",
-                [lambda: rotary.rotary_embedding(positions, heads[:, :32], heads[:, 32:40], table)],
+                [partial(rotary.rotary_embedding, positions, heads[:, :32], heads[:, 32:40], table)],
                 2 * tokens * 40 * 128 * 2 + table.nbytes, error)  # fmt: skip
     return rows
 
@@ -399,7 +416,10 @@ def launch_rows() -> list[dict[str, Any]]:
     problem = Attention([128], [1])
     rows = [
         {"case": "launch, 8 arguments", "us": host_time(bare)},
-        {"case": "write_kv, checks and launch", "us": host_time(lambda: write_kv.write_kv(*tensors))},
+        {
+            "case": "write_kv, checks and launch",
+            "us": host_time(lambda: write_kv.write_kv(*tensors)),
+        },
         {"case": "paged_attention, checks and launch", "us": host_time(problem.run)},
     ]
     for row in rows:
@@ -411,7 +431,9 @@ def print_row(row: dict[str, Any]) -> None:
     """One line of the table."""
     numbers = {k: f"{v:.2e}" if k == "error" else f"{v:.2f}" if isinstance(v, float) else v
                for k, v in row.items()}  # fmt: skip
-    print("  ".join(f"{k} {v}" if k != "case" else f"{v:36s}" for k, v in numbers.items()), flush=True)
+    print(
+        "  ".join(f"{k} {v}" if k != "case" else f"{v:36s}" for k, v in numbers.items()), flush=True
+    )
 
 
 def main() -> None:

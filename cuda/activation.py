@@ -112,10 +112,10 @@ def _kernel(activation: str, dtype: str, wide: bool) -> Kernel:
     part = elements(dtype, wide=wide)
     load, store, WIDTH = part.load, part.store, part.width
 
-    def silu(a):  # type: ignore[no-untyped-def]
+    def silu(a: Any) -> Any:
         return a / (F32(1.0) + ptx.exp2(F32(-LOG2_E) * a))
 
-    def gelu_tanh(a):  # type: ignore[no-untyped-def]
+    def gelu_tanh(a: Any) -> Any:
         inner = F32(SQRT_2_OVER_PI) * (a + F32(0.044715) * a * a * a)
         # tanh(y) = 1 - 2 / (1 + exp(2 y)): right at both ends without a branch.
         tanh = F32(1.0) - F32(2.0) / (F32(1.0) + ptx.exp2(F32(2.0 * LOG2_E) * inner))
@@ -123,7 +123,7 @@ def _kernel(activation: str, dtype: str, wide: bool) -> Kernel:
 
     function = ptx.device({"silu": silu, "gelu_tanh": gelu_tanh}[activation])
 
-    def kernel(x, out, num_tokens, size):  # type: ignore[no-untyped-def]
+    def kernel(x: Any, out: Any, num_tokens: Any, size: Any) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         column = U64(cuda.blockIdx.x) * U64(THREADS * WIDTH)

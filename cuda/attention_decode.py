@@ -18,7 +18,7 @@ from typing import Any
 from numba import cuda
 
 from . import ptx
-from .attention_rows import NOTHING, find_context
+from .attention_rows import NOTHING, find_context, find_token
 from .attention_splits import HEADS, MAX_SPLITS, folding, split_size
 from .launch import Kernel
 from .ptx import F32, U32, U64
@@ -68,7 +68,7 @@ def decode_kernel(
     mma = {"bfloat16": ptx.mma_bf16, "float16": ptx.mma_f16}[dtype]
     pack = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16}[dtype]
 
-    def find_rows(block_tables, table, t0, last, lane):
+    def find_rows(block_tables: Any, table: Any, t0: Any, last: Any, lane: Any) -> Any:
         """What tells where 16 tokens lie: their block, or (small blocks) each lane's own slot."""
         if WHOLE_TILES:
             return U32(block_tables[table + U64(U32(min(t0, last)) // U32(BLOCK))])
@@ -76,7 +76,7 @@ def decode_kernel(
         block = U32(block_tables[table + U64(token // U32(BLOCK))])
         return U32(block * U32(BLOCK) + token % U32(BLOCK))
 
-    def row(where, t0, r):
+    def row(where: Any, t0: Any, r: Any) -> Any:
         """Element offset of token ``t0 + r``."""
         if WHOLE_TILES:
             return U64(U64(where) * U64(BLOCK) + U64(U32(t0 % U32(BLOCK)) + r)) * U64(ROW)
@@ -84,7 +84,7 @@ def decode_kernel(
 
     rows_of, row_of = ptx.device(find_rows), ptx.device(row)
 
-    def load_keys(key_cache, head, where, t0, lane, keys):
+    def load_keys(key_cache: Any, head: Any, where: Any, t0: Any, lane: Any, keys: Any) -> None:
         column = U64(head) + U64((lane & U32(3)) * U32(8))
         for u in range(SUBTILES):
             first = U32(t0 + U32(16 * u))
@@ -99,7 +99,9 @@ def decode_kernel(
                         keys[k + i] = x[i]
                         keys[k + 4 + i] = y[i]
 
-    def load_values(value_cache, head, where, t0, lane, values):
+    def load_values(
+        value_cache: Any, head: Any, where: Any, t0: Any, lane: Any, values: Any
+    ) -> None:
         column = U64(head) + U64((lane >> U32(2)) * U32(8))
         pair = U32((lane & U32(3)) * U32(2))
         for u in range(SUBTILES):
@@ -114,7 +116,7 @@ def decode_kernel(
                         for i in range(4):
                             values[v + i] = x[i]
 
-    def clear_unseen_values(values, t0, first, end, lane):
+    def clear_unseen_values(values: Any, t0: Any, first: Any, end: Any, lane: Any) -> None:
         """Rows that may not be seen may hold anything, NaN too, and 0 times NaN is NaN."""
         for u in range(SUBTILES):
             for r in range(4):
@@ -128,10 +130,25 @@ def decode_kernel(
     clear_unseen = ptx.device(clear_unseen_values)
 
     def decode(
-        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, out,
-        partial_sums, partial_stats, tickets,
-        num_seqs, max_new_tokens, query_step, table_step, window, scale, cap,
-    ):  # fmt: skip
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        query_start_loc: Any,
+        out: Any,
+        partial_sums: Any,
+        partial_stats: Any,
+        tickets: Any,
+        num_seqs: Any,
+        per_sequence: Any,
+        max_new_tokens: Any,
+        query_step: Any,
+        table_step: Any,
+        window: Any,
+        scale: Any,
+        cap: Any,
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         # Shared memory first: one array a line, so that the simulator tells them apart.
@@ -148,7 +165,7 @@ def decode_kernel(
         g, t = lane >> U32(2), lane & U32(3)
 
         # 1 Whose token this is, and which tokens of the context it sees.
-        token = U32(cuda.blockIdx.z)
+        token = find_token(query_start_loc, U32(num_seqs), U32(per_sequence), U32(cuda.blockIdx.z))
         sequence, new_tokens, first, end = find_context(
             query_start_loc, seq_lens, U32(num_seqs), token, U32(window)
         )
@@ -158,7 +175,7 @@ def decode_kernel(
         table = U64(sequence) * U64(table_step)
 
         tile_of_heads = U32(cuda.blockIdx.y)
-        ticket = U64(token) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
+        ticket = U64(cuda.blockIdx.z) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
         kv_head = U32(tile_of_heads // U32(HEAD_TILES))
         head0 = U32((tile_of_heads % U32(HEAD_TILES)) * U32(HEADS))
         heads = U32(min(U32(U32(GROUP) - head0), U32(HEADS)))
@@ -286,12 +303,13 @@ def decode_kernel(
                         for c in range(V_CHUNKS):
                             v = (u * V_CHUNKS + c) * 16
                             for i in range(4):
-                                mma(sums, 16 * c + 4 * i,
-                                    ptx.byte_permute(values[v + i], values[v + 4 + i], U32(0x5410)),
-                                    ptx.byte_permute(values[v + i], values[v + 4 + i], U32(0x7632)),
-                                    ptx.byte_permute(values[v + 8 + i], values[v + 12 + i], U32(0x5410)),
-                                    ptx.byte_permute(values[v + 8 + i], values[v + 12 + i], U32(0x7632)),
-                                    b0, b1)  # fmt: skip
+                                x, y = values[v + i], values[v + 4 + i]
+                                a0 = ptx.byte_permute(x, y, U32(0x5410))
+                                a1 = ptx.byte_permute(x, y, U32(0x7632))
+                                x, y = values[v + 8 + i], values[v + 12 + i]
+                                a2 = ptx.byte_permute(x, y, U32(0x5410))
+                                a3 = ptx.byte_permute(x, y, U32(0x7632))
+                                mma(sums, 16 * c + 4 * i, a0, a1, a2, a3, b0, b1)
                 t0 = following
 
             # 9 The split is read: merge its warps, then fold it or hand it in.
@@ -319,7 +337,8 @@ def decode_kernel(
             cuda.syncthreads()
             finish_split(
                 thread, warp_sums, warp_highest, warp_mass, total, total_highest, total_mass,
-                blocks == U32(1), ticket * U64(MAX_SPLITS) + U64(split), partial_sums, partial_stats,
+                blocks == U32(1), ticket * U64(MAX_SPLITS) + U64(split),
+                partial_sums, partial_stats,
             )  # fmt: skip
             split = U32(split + U32(1))
 
@@ -333,6 +352,6 @@ def decode_kernel(
     parameters = (
         *(half, half, half, ptx.POINTER_I32, ptx.POINTER_I32, ptx.POINTER_I32, half),
         *(ptx.POINTER_F32, ptx.POINTER_F32, ptx.POINTER_U32),
-        *(ptx.U32, ptx.U32, ptx.U64, ptx.U64, ptx.U32, ptx.F32, ptx.F32),
+        *(ptx.U32, ptx.U32, ptx.U32, ptx.U64, ptx.U64, ptx.U32, ptx.F32, ptx.F32),
     )
     return Kernel(decode, parameters, threads=THREADS, blocks_per_sm=blocks_per_sm)

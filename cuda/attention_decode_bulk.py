@@ -18,7 +18,7 @@ from typing import Any
 from numba import cuda
 
 from . import ptx
-from .attention_rows import NOTHING, find_context
+from .attention_rows import NOTHING, find_context, find_token
 from .attention_splits import HEADS, MAX_SPLITS, SHORT_SPLIT, folding, split_size
 from .launch import Kernel
 from .ptx import F32, U32, U64
@@ -121,7 +121,8 @@ def bulk_decode_kernel(
     def decode(
         query: Any, key_map: Any, value_map: Any, block_tables: Any, seq_lens: Any,
         query_start_loc: Any, out: Any, partial_sums: Any, partial_stats: Any, tickets: Any,
-        num_seqs: Any, max_new_tokens: Any, query_step: Any, table_step: Any, window: Any,
+        num_seqs: Any, per_sequence: Any, max_new_tokens: Any, query_step: Any, table_step: Any,
+        window: Any,
         scale: Any, cap: Any,
     ) -> None:  # fmt: skip
         ptx.wait_for_previous_kernel()
@@ -137,7 +138,7 @@ def bulk_decode_kernel(
         thread = U32(cuda.threadIdx.x)
         lane, warp = thread & U32(31), thread >> U32(5)
         g, t = lane >> U32(2), lane & U32(3)
-        token, part, parts = U32(cuda.blockIdx.z), U32(cuda.blockIdx.x), U32(cuda.gridDim.x)
+        part, parts = U32(cuda.blockIdx.x), U32(cuda.gridDim.x)
 
         # 1 This warp's ring of tiles, each with a barrier that counts its bytes.
         base = U32(U32(ptx.shared_address(memory)) + U32(1023)) & U32(0xFFFFFC00)
@@ -150,6 +151,7 @@ def bulk_decode_kernel(
         ptx.sync_warp()
 
         # 2 Whose token this is, and which tokens of the context it sees.
+        token = find_token(query_start_loc, U32(num_seqs), U32(per_sequence), U32(cuda.blockIdx.z))
         sequence, new_tokens, first, end = find_context(
             query_start_loc, seq_lens, U32(num_seqs), token, U32(window)
         )
@@ -157,7 +159,7 @@ def bulk_decode_kernel(
             return
         table = U64(sequence) * U64(table_step)
         tile_of_heads = U32(cuda.blockIdx.y)
-        ticket = U64(token) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
+        ticket = U64(cuda.blockIdx.z) * U64(NUM_KV * HEAD_TILES) + U64(tile_of_heads)
         kv_head = U32(tile_of_heads // U32(HEAD_TILES))
         head0 = U32((tile_of_heads % U32(HEAD_TILES)) * U32(HEADS))
         heads = U32(min(U32(U32(GROUP) - head0), U32(HEADS)))
@@ -326,7 +328,8 @@ def bulk_decode_kernel(
             cuda.syncthreads()
             finish_split(
                 thread, warp_sums, warp_highest, warp_mass, total, total_highest, total_mass,
-                blocks == U32(1), ticket * U64(MAX_SPLITS) + U64(split), partial_sums, partial_stats,
+                blocks == U32(1), ticket * U64(MAX_SPLITS) + U64(split),
+                partial_sums, partial_stats,
             )  # fmt: skip
             split = U32(split + parts)
             t0 = U32(t0 + U32(parts - U32(1)) * size)
@@ -343,7 +346,7 @@ def bulk_decode_kernel(
         *(half, ptx.POINTER_MAP, ptx.POINTER_MAP),
         *(ptx.POINTER_I32, ptx.POINTER_I32, ptx.POINTER_I32, half),
         *(ptx.POINTER_F32, ptx.POINTER_F32, ptx.POINTER_U32),
-        *(ptx.U32, ptx.U32, ptx.U64, ptx.U64, ptx.U32, ptx.F32, ptx.F32),
+        *(ptx.U32, ptx.U32, ptx.U32, ptx.U64, ptx.U64, ptx.U32, ptx.F32, ptx.F32),
     )
     return Kernel(
         decode,

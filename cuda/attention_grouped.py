@@ -2,8 +2,8 @@
 
 Where rung 1 reads keys and values once for every query head, here a thread block owns a key-value
 head: it brings a tile of 32 tokens to shared memory, and all query heads of the group work from
-there. A group of 4 reads a quarter of the bytes. What it still wastes: two bytes a load, and nothing
-is on its way while the tile is worked on, so it reaches some 17 % of the memory's rate.
+there. A group of 4 reads a quarter of the bytes. What it still wastes: two bytes a load, and
+nothing is on its way while the tile is worked on, so it reaches some 17 % of the memory's rate.
 """
 
 from __future__ import annotations

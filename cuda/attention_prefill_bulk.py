@@ -1,13 +1,13 @@
 """Attention of many new tokens with Hopper's warpgroup products and copy engine (sm_90a).
 
-After FlashAttention-3 (Shah et al., 2024), over pages. A thread block has two producer warps and two
-groups of four consumer warps, and stays for the whole launch:
+After FlashAttention-3 (Shah et al., 2024), over pages. A thread block has two producer warps
+and two groups of four consumer warps, and stays for the whole launch:
 
 - One producer warp takes tiles of 128 queries from a queue, longest first, and brings them. Another
-  keeps a ring of key and value tiles filled: one instruction of the copy engine brings a page's rows
-  of one head. Both run ahead of the consumers, into the next tile of queries too.
-- Each consumer group owns 64 queries. While the tensor cores multiply queries with the next keys and
-  weights with the values at hand, the group computes the softmax of what is in between.
+  keeps a ring of key and value tiles filled: one instruction of the copy engine brings a page's
+  rows of one head. Both run ahead of the consumers, into the next tile of queries too.
+- Each consumer group owns 64 queries. While the tensor cores multiply queries with the next keys
+  and weights with the values at hand, the group computes the softmax of what is in between.
 
 Nobody meets anybody else except through barriers in shared memory: "full" counts bytes that landed,
 "empty" counts warps that are done reading.
@@ -165,6 +165,15 @@ def bulk_prefill_kernel(
 
     give_registers = ptx.set_registers("dec", PRODUCER_REGISTERS)
     take_registers = ptx.set_registers("inc", CONSUMER_REGISTERS)
+
+    def read_word(tile_info: Any, word: Any, lane: Any) -> Any:
+        """One word of what the query warp told, read by the lane that gives the place back."""
+        value = U32(0)
+        if lane == U32(0):
+            value = U32(tile_info[word])
+        return U32(ptx.shuffle(value, U32(0)))
+
+    told = ptx.device(read_word)
     look_up, bring, weigh = ptx.device(find_slots), ptx.device(copies), ptx.device(softmax)
 
     def prefill(
@@ -280,13 +289,12 @@ def bulk_prefill_kernel(
                 while working:
                     ptx.barrier_wait(U32(q_full + q_stage * U32(8)), q_parity)
                     info = U32(q_stage * U32(8))
-                    start = U32(tile_info[info])
-                    new_tokens = U32(tile_info[U32(info + U32(1))])
-                    q0 = U32(tile_info[U32(info + U32(2))])
-                    length = U32(tile_info[U32(info + U32(3))])
-                    kv_head = U32(U32(tile_info[U32(info + U32(4))]) // U32(GROUP))
-                    table = U64(U32(tile_info[U32(info + U32(5))])) * U64(table_step)
-                    ptx.sync_warp()
+                    start = told(tile_info, info, lane)
+                    new_tokens = told(tile_info, U32(info + U32(1)), lane)
+                    q0 = told(tile_info, U32(info + U32(2)), lane)
+                    length = told(tile_info, U32(info + U32(3)), lane)
+                    kv_head = U32(told(tile_info, U32(info + U32(4)), lane) // U32(GROUP))
+                    table = U64(told(tile_info, U32(info + U32(5)), lane)) * U64(table_step)
                     if lane == U32(0):
                         ptx.barrier_arrive(U32(q_empty + q_stage * U32(8)))
                     q_stage = U32(q_stage + U32(1))
@@ -358,6 +366,7 @@ def bulk_prefill_kernel(
                     q0 = U32(tile_info[U32(info + U32(2))])
                     length = U32(tile_info[U32(info + U32(3))])
                     query_head = U32(tile_info[U32(info + U32(4))])
+                    ptx.sync_warp()  # all lanes have read before lane 0 gives the place back
                     before = U32(0)
                     end = U32(0)
                     first = U32(0)

@@ -14,7 +14,7 @@ UNSEEN = -1e20
 
 
 def sequence_of(query_start_loc: Any, num_seqs: Any, token: Any) -> Any:
-    """The sequence that flat token ``token`` belongs to; ``num_seqs`` if it is padding: by bisection."""
+    """The sequence that flat token ``token`` belongs to, by bisection; ``num_seqs`` if none."""
     low, high = U32(0), num_seqs
     while low < high:
         middle = U32((low + high) // U32(2))
@@ -58,3 +58,21 @@ def context_of(
 
 
 find_context = ptx.device(context_of)
+
+
+def token_of(query_start_loc: Any, num_seqs: Any, per_sequence: Any, row: Any) -> Any:
+    """The flat token of a launch's row ``row``: the row itself if ``per_sequence`` is 0.
+
+    Else every sequence has ``per_sequence`` rows, for so many of its new tokens; rows past them
+    give the number of tokens, which is nobody's token.
+    """
+    token = row
+    if per_sequence > U32(0):
+        sequence = U32(row // per_sequence)
+        token = U32(U32(query_start_loc[U64(sequence)]) + row % per_sequence)
+        if token >= U32(query_start_loc[U64(sequence) + U64(1)]):
+            token = U32(query_start_loc[U64(num_seqs)])
+    return token
+
+
+find_token = ptx.device(token_of)

@@ -1,10 +1,10 @@
 """Paged attention, rungs 3 and 4: 16-byte loads straight to registers; the context split.
 
 A few neighbouring lanes hold one row of keys, so that a warp reads whole rows, 16 bytes a lane, and
-several rows at once; the products' sum over the row is a handful of shuffles. Query heads of a group
-share every load. With one split a block walks the whole context (rung 3); with more, blocks share a
-sequence and a second kernel merges their partial softmaxes (rung 4, Flash-Decoding: Dao et al.,
-2023), which is what a few long sequences need to fill the card.
+several rows at once; the products' sum over the row is a handful of shuffles. Query heads of a
+group share every load. With one split a block walks the whole context (rung 3); with more, blocks
+share a sequence and a second kernel merges their partial softmaxes (rung 4, Flash-Decoding: Dao et
+al., 2023), which is what a few long sequences need to fill the card.
 
 Arithmetic is float32 on the ordinary cores: exact enough for float32 caches, for which this is the
 fastest rung, and the bound for half precision where groups are large.
@@ -37,7 +37,7 @@ def vector_kernel(
 ) -> Kernel:
     """One split of one token for up to ``HEADS`` query heads; grid (splits, head tiles, tokens)."""
     part = elements(dtype, wide=True)
-    load, store, WIDTH = part.load, part.store, part.width
+    load, WIDTH = part.load, part.width
     store_one = elements(dtype, wide=False).store
     HEAD_TILES = -(-GROUP // HEADS)
     TILE_HEADS = min(GROUP, HEADS)
@@ -90,7 +90,6 @@ def vector_kernel(
         sums = cuda.local.array(QUERY, F32)
         highest = cuda.local.array(TILE_HEADS, F32)
         mass = cuda.local.array(TILE_HEADS, F32)
-        weights = cuda.local.array(TILE_HEADS, F32)
         keys = cuda.local.array(KEPT, F32)
         values = cuda.local.array(KEPT, F32)
         # 1 The queries, in this lane's dims.

@@ -1,4 +1,4 @@
-"""Copying whole cache blocks, within a device or to the host and back; twin of ``reference.blocks``."""
+"""Copying whole cache blocks, on a device or to the host and back; twin of ``reference.blocks``."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def _kernel(BLOCK: int, itemsize: int, wide: bool) -> tuple[Kernel, int]:
     PARTS = -(-BLOCK // PART)
     kind = ptx.POINTER_U32 if itemsize == 4 else ptx.POINTER_U16
 
-    def copy(source, destination, source_block, destination_block, first):  # type: ignore[no-untyped-def]
+    def copy(
+        source: Any, destination: Any, source_block: Any, destination_block: Any, first: Any
+    ) -> None:
         from_ = source_block * U64(BLOCK) + U64(first)
         to = destination_block * U64(BLOCK) + U64(first)
         words = cuda.local.array(WORDS, U32)
@@ -145,7 +147,9 @@ def _kernel(BLOCK: int, itemsize: int, wide: bool) -> tuple[Kernel, int]:
                 at = to + U64(i * THREADS * WIDTH)
                 ptx.store16(destination, at, words[w], words[w + 1], words[w + 2], words[w + 3])
 
-    def copy_narrow(source, destination, source_block, destination_block, first):  # type: ignore[no-untyped-def]
+    def copy_narrow(
+        source: Any, destination: Any, source_block: Any, destination_block: Any, first: Any
+    ) -> None:
         for i in range(PIECES):
             at = U64(first) + U64(i * THREADS)
             if at < U64(BLOCK):
@@ -154,15 +158,15 @@ def _kernel(BLOCK: int, itemsize: int, wide: bool) -> tuple[Kernel, int]:
 
     copy_part = ptx.device(copy if wide else copy_narrow)
 
-    def kernel(  # type: ignore[no-untyped-def]
-        source_keys,
-        source_values,
-        destination_keys,
-        destination_values,
-        block_mapping,
-        source_blocks,
-        destination_blocks,
-    ):
+    def kernel(
+        source_keys: Any,
+        source_values: Any,
+        destination_keys: Any,
+        destination_values: Any,
+        block_mapping: Any,
+        source_blocks: Any,
+        destination_blocks: Any,
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         pair = U32(cuda.blockIdx.x) // U32(PARTS)

@@ -75,7 +75,7 @@ def check_array(
         )
     got = tuple(array.shape)
     if len(got) != len(shape) or any(
-        want is not None and size != want for size, want in zip(got, shape)
+        want is not None and size != want for size, want in zip(got, shape, strict=True)
     ):
         wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
         raise ValueError(f"{name}: got shape {list(got)}; wanted {wanted}")

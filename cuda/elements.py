@@ -38,7 +38,7 @@ def elements(dtype: str, *, wide: bool) -> Elements:
     return _wide_half(dtype) if wide else _single_half(dtype)
 
 
-def _keep_float32(values, at):  # type: ignore[no-untyped-def]
+def _keep_float32(values: Any, at: Any) -> None:
     """float32 arithmetic is already float32."""
 
 
@@ -46,12 +46,12 @@ _keep = ptx.device(_keep_float32)
 
 
 def _wide_float32() -> Elements:
-    def load(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def load(pointer: Any, index: Any, values: Any, at: Any) -> None:
         x = ptx.load16(pointer, index)
         for i in range(4):
             values[at + i] = ptx.uint_as_float(x[i])
 
-    def store(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def store(pointer: Any, index: Any, values: Any, at: Any) -> None:
         ptx.store16(
             pointer,
             index,
@@ -65,10 +65,10 @@ def _wide_float32() -> Elements:
 
 
 def _single_float32() -> Elements:
-    def load(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def load(pointer: Any, index: Any, values: Any, at: Any) -> None:
         values[at] = pointer[index]
 
-    def store(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def store(pointer: Any, index: Any, values: Any, at: Any) -> None:
         pointer[index] = values[at]
 
     return Elements(1, ptx.POINTER_F32, ptx.device(load), ptx.device(store), _keep, 4)
@@ -78,13 +78,13 @@ def _wide_half(dtype: str) -> Elements:
     lo, hi = _UNPACK[dtype]
     pack = _PACK[dtype]
 
-    def load(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def load(pointer: Any, index: Any, values: Any, at: Any) -> None:
         x = ptx.load16(pointer, index)
         for i in range(4):
             values[at + 2 * i] = lo(x[i])
             values[at + 2 * i + 1] = hi(x[i])
 
-    def store(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def store(pointer: Any, index: Any, values: Any, at: Any) -> None:
         ptx.store16(
             pointer,
             index,
@@ -94,7 +94,7 @@ def _wide_half(dtype: str) -> Elements:
             pack(values[at + 6], values[at + 7]),
         )
 
-    def round_to(values, at):  # type: ignore[no-untyped-def]
+    def round_to(values: Any, at: Any) -> None:
         for i in range(4):
             x = pack(values[at + 2 * i], values[at + 2 * i + 1])
             values[at + 2 * i] = lo(x)
@@ -107,13 +107,13 @@ def _wide_half(dtype: str) -> Elements:
 def _single_half(dtype: str) -> Elements:
     lo, pack = _UNPACK[dtype][0], _PACK[dtype]
 
-    def load(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def load(pointer: Any, index: Any, values: Any, at: Any) -> None:
         values[at] = lo(U32(pointer[index]))
 
-    def store(pointer, index, values, at):  # type: ignore[no-untyped-def]
+    def store(pointer: Any, index: Any, values: Any, at: Any) -> None:
         pointer[index] = ptx.U16(pack(values[at], F32(0.0)) & U32(0xFFFF))
 
-    def round_to(values, at):  # type: ignore[no-untyped-def]
+    def round_to(values: Any, at: Any) -> None:
         values[at] = lo(pack(values[at], F32(0.0)))
 
     functions = (ptx.device(load), ptx.device(store), ptx.device(round_to))

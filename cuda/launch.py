@@ -25,7 +25,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _MULTIPROCESSOR_COUNT, _COMPUTE_MAJOR, _COMPUTE_MINOR = 16, 75, 76  # CUdevice_attribute
 
-OVERLAP = True
+_PACK_GRID = struct.Struct("3I").pack_into  # the head of CUlaunchConfig
 _stream = 0
 
 
@@ -34,7 +34,7 @@ def set_stream(handle: int) -> None:
 
     0 is the default stream, torch's too.
     """
-    global _stream
+    global _stream  # noqa: PLW0603 (what the kernel set holds, in one place)
     _stream = handle
 
 
@@ -119,7 +119,9 @@ def address(array: Array, kind: Any = None) -> Any:
     """What a kernel takes for an array: its address; in the simulator a flat view as ``kind``."""
     if not ptx.SIMULATED:
         return array.data_ptr()
-    span = 1 + sum((n - 1) * s // array.itemsize for n, s in zip(array.shape, array.strides))
+    span = 1 + sum(
+        (n - 1) * s // array.itemsize for n, s in zip(array.shape, array.strides, strict=True)
+    )
     if array.size == 0:
         flat = np.empty(0, array.dtype)
     else:
@@ -263,8 +265,10 @@ class Kernel:
         self.threads, self.blocks_per_sm = threads, blocks_per_sm
         self.shared_bytes, self.fastmath, self.hopper = shared_bytes, fastmath, hopper
         self._handle: ctypes.c_void_p | None = None
+        # The launch block: a slot of 8 bytes an argument, and where each slot is.
         count = len(self.parameters)
-        self._values = (ctypes.c_uint64 * count)()
+        self._pack = struct.Struct(f"{count}q").pack_into
+        self._values = ctypes.create_string_buffer(8 * count)
         first = ctypes.addressof(self._values)
         self._slots = (ctypes.c_void_p * count)(*(first + 8 * i for i in range(count)))
         # The kernel may be set up while the one before it drains; it waits before it reads.
@@ -279,7 +283,7 @@ class Kernel:
         target = (*capability, "a") if self.hopper else capability
         text, _ = cuda.compile(
             self.function,
-            ptx.VOID(*self.parameters),
+            ptx.VOID(*self.parameters),  # type: ignore[misc]
             device=False,
             abi="numba",
             cc=target,
@@ -304,7 +308,7 @@ class Kernel:
         if self.shared_bytes > 48 * 1024:
             code = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, self.shared_bytes)
             _check(code, f"asking for {self.shared_bytes} bytes of shared memory")
-        if OVERLAP and capability >= (9, 0) and "griddepcontrol.wait" in text:
+        if capability >= (9, 0) and "griddepcontrol.wait" in text:
             self._config.attributes = ctypes.pointer(self._overlap)
             self._config.num_attributes = 1
         self._handle = handle
@@ -318,11 +322,9 @@ class Kernel:
             return
         if self._handle is None:
             self.load()
-        values = self._values
-        for i, argument in enumerate(arguments):
-            values[i] = argument
+        self._pack(self._values, 0, *arguments)
         config = self._config
-        config.grid_x, config.grid_y, config.grid_z = grid
+        _PACK_GRID(config, 0, *grid)
         config.stream = _stream
         code = _launch(config, self._handle, self._slots, None)
         if code:
@@ -331,7 +333,7 @@ class Kernel:
 
 def _first_launch(*arguments: Any) -> int:
     """``cuLaunchKernelEx``; replaces itself by the driver's function when first called."""
-    global _launch
+    global _launch  # noqa: PLW0603
     function = _driver().cuLaunchKernelEx
     function.argtypes = (
         ctypes.POINTER(_Config),

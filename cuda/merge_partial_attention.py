@@ -1,4 +1,4 @@
-"""Putting together attention over parts of the keys; twin of ``reference.merge_partial_attention``."""
+"""Putting together attention over parts of the keys; twin of the reference's module."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ The ladder, with shares of the memory's rate (64 sequences of 2,048 tokens, bflo
 | grouped | ``attention_grouped`` | rows of odd size | 17 % |
 | vectors (one split, many) | ``attention_vectors`` | float32 | 89 %, 86 % |
 | decode | ``attention_decode`` | up to ``DECODE_TOKENS`` new tokens | 87 % |
-| decode, bulk copies | ``attention_decode_bulk`` | the same on sm_90, blocks of 8 or 16 n | 96 % |
-| prefill | ``attention_prefill`` | more new tokens | 320 |
-| prefill, bulk copies | ``attention_prefill_bulk`` | the same on sm_90a, blocks of 8 or 16 n | 515 |
+| decode, bulk copies | ``attention_decode_bulk`` | the same on sm_90, blocks of 8 or 16 n | 97 % |
+| prefill | ``attention_prefill`` | more new tokens | 339 |
+| prefill, bulk copies | ``attention_prefill_bulk`` | the same on sm_90a, blocks as above | 578 |
 """
 
 from __future__ import annotations
@@ -276,18 +276,24 @@ def run_decode(
         arrays = (arrays[0], *maps, *arrays[3:])
     else:
         kernel = attention_decode.decode_kernel(*shape)
+    # A row a token, or, where sequences have more tokens than this rung takes, as many rows a
+    # sequence as it takes: thousands of blocks that find nothing to do would cost their launch.
+    rows, per_sequence = p.num_tokens, 0
+    if max_new_tokens * p.num_seqs < p.num_tokens:
+        rows, per_sequence = max_new_tokens * p.num_seqs, max_new_tokens
     tiles = p.num_kv_heads * -(-p.group // attention_splits.HEADS)
     if parts is None:
-        parts = attention_splits.num_parts(p.num_tokens * tiles, p.max_context)
-    slots = p.num_tokens * tiles if parts > 1 else 1
+        parts = attention_splits.num_parts(rows * tiles, p.max_context)
+    slots = rows * tiles if parts > 1 else 1
     partial = slots * attention_splits.MAX_SPLITS * attention_splits.HEADS
     kernel(
-        (parts, tiles, p.num_tokens),
+        (parts, tiles, rows),
         *arrays,
         _partial_sums.get(partial * p.head_dim),
         _partial_stats.get(2 * partial),
         _tickets.get(slots),
         p.num_seqs,
+        per_sequence,
         max_new_tokens,
         *p.numbers,
     )

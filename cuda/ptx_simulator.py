@@ -5,6 +5,7 @@ the last lane to arrive computes it with NumPy, by the fragment layouts of the P
 are Python integers cut to their width; a pointer is a flat NumPy array.
 """
 
+# ruff: noqa: D103 (the manual of PTX, and ptx_device, say what each instruction does)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -217,7 +218,8 @@ def let_next_kernel_start() -> None:
 
 def _halves(words: Any, dtype: Any) -> np.ndarray:
     """uint32 words ``[..., n]`` to float32 ``[..., 2 n]``, low half first."""
-    return np.ascontiguousarray(np.array(words, np.uint32)).view(dtype).astype(np.float32)
+    halves = np.ascontiguousarray(np.array(words, np.uint32)).view(dtype)
+    return np.asarray(halves, np.float32)
 
 
 def _mma(dtype: Any) -> Callable[..., None]:
@@ -474,7 +476,7 @@ def _described(descriptor: int, rows: int, transposed: bool, dtype: Any) -> np.n
         row, column = np.arange(rows)[:, None], np.arange(16)[None]
         at = start + row // 8 * stride + row % 8 * 128 + column * 2
     at = at ^ (((at >> 7) & 7) << 4)
-    return shared[at >> 1].view(dtype).astype(np.float32)
+    return np.asarray(shared[at >> 1].view(dtype), np.float32)
 
 
 _KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}

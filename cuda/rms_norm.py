@@ -92,9 +92,18 @@ def _kernel(dtype: str, adds: bool, SIZE: int, wide: bool) -> tuple[Kernel, int]
     STEP = 32 * ROW_WARPS * WIDTH
     NUM_THREADS = 32 * ROW_WARPS * ROWS
 
-    def kernel(  # type: ignore[no-untyped-def]
-        x, residual, out, weight, num_rows, num_heads, x_step, residual_step, out_step, eps
-    ):
+    def kernel(
+        x: Any,
+        residual: Any,
+        out: Any,
+        weight: Any,
+        num_rows: Any,
+        num_heads: Any,
+        x_step: Any,
+        residual_step: Any,
+        out_step: Any,
+        eps: Any,
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         thread = U32(cuda.threadIdx.x)

@@ -75,7 +75,7 @@ def _kernel(dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, ROTARY: int, wide: bo
     TABLE_WIDTH = 4 if wide else 1
     TABLE_LOADS = WIDTH // TABLE_WIDTH
 
-    def rotate(x, at, cosines, sines):  # type: ignore[no-untyped-def]
+    def rotate(x: Any, at: Any, cosines: Any, sines: Any) -> None:
         first = cuda.local.array(WIDTH, F32)
         second = cuda.local.array(WIDTH, F32)
         load(x, at, first, 0)
@@ -89,7 +89,9 @@ def _kernel(dtype: str, NUM_Q: int, NUM_KV: int, DIM: int, ROTARY: int, wide: bo
 
     rotate_piece = ptx.device(rotate)
 
-    def kernel(positions, query, key, table, query_step, key_step):  # type: ignore[no-untyped-def]
+    def kernel(
+        positions: Any, query: Any, key: Any, table: Any, query_step: Any, key_step: Any
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         token = U64(cuda.blockIdx.x)

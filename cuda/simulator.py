@@ -62,6 +62,7 @@ class CudaThread(threading.Thread):
         self.copy_groups: deque[list[Callable[[], None]]] = deque()
 
     def run(self) -> None:
+        """Run the kernel's function as this thread, from when the baton first comes."""
         self.baton.acquire()
         try:
             if self.block.error is None:
@@ -199,6 +200,7 @@ class Block:
 
 
 def vars_of(index: Dim3) -> tuple[int, int, int]:
+    """The three coordinates."""
     return index.x, index.y, index.z
 
 
@@ -234,13 +236,16 @@ class SimulatedCuda:
 
     @property
     def threadIdx(self) -> Dim3:  # noqa: N802 (CUDA's name)
+        """Which thread of its block this is."""
         return current().threadIdx
 
     @property
     def blockIdx(self) -> Dim3:  # noqa: N802
+        """Which block this is."""
         return current().blockIdx
 
     def syncthreads(self) -> None:
+        """Wait for every thread of the block that has not returned."""
         current().block.sync()
 
     def threadfence(self) -> None:
@@ -254,7 +259,7 @@ def launch(
     dynamic_shared: int,
     arguments: Sequence[Any],
 ) -> None:
-    """Run every block of ``grid``, one after the other, with ``cuda`` standing for the simulator."""
+    """Run every block of ``grid``, one after the other; ``cuda`` stands for the simulator."""
     simulated = SimulatedCuda(Dim3(*grid), Dim3(num_threads, 1, 1))
     # Device functions live in other modules of this package, and name ``cuda`` too.
     package = __name__.rpartition(".")[0] + "."

@@ -73,9 +73,16 @@ def _kernel(ROW: int, itemsize: int, wide: bool) -> Kernel:
     PER_ROW = ROW // WIDTH
     kind = ptx.POINTER_U32 if itemsize == 4 else ptx.POINTER_U16
 
-    def wide_kernel(  # type: ignore[no-untyped-def]
-        key, value, key_cache, value_cache, slot_mapping, num_tokens, key_step, value_step
-    ):
+    def wide_kernel(
+        key: Any,
+        value: Any,
+        key_cache: Any,
+        value_cache: Any,
+        slot_mapping: Any,
+        num_tokens: Any,
+        key_step: Any,
+        value_step: Any,
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         words = cuda.local.array(WORDS, U32)
@@ -103,9 +110,16 @@ def _kernel(ROW: int, itemsize: int, wide: bool) -> Kernel:
                 ptx.store16(key_cache, to, words[w], words[w + 1], words[w + 2], words[w + 3])
                 ptx.store16(value_cache, to, words[w + 4], words[w + 5], words[w + 6], words[w + 7])
 
-    def narrow_kernel(  # type: ignore[no-untyped-def]
-        key, value, key_cache, value_cache, slot_mapping, num_tokens, key_step, value_step
-    ):
+    def narrow_kernel(
+        key: Any,
+        value: Any,
+        key_cache: Any,
+        value_cache: Any,
+        slot_mapping: Any,
+        num_tokens: Any,
+        key_step: Any,
+        value_step: Any,
+    ) -> None:
         ptx.wait_for_previous_kernel()
         ptx.let_next_kernel_start()
         first = U32(cuda.blockIdx.x) * U32(THREADS * PIECES) + U32(cuda.threadIdx.x)

@@ -1,4 +1,4 @@
-"""CUDA kernels are tested where they can run: on a GPU, or in the simulator in a process of its own.
+"""CUDA kernels are tested where they can run: on a GPU, or simulated in a process of its own.
 
 Numba decides at its first import whether it simulates, and other tests import it without. So the
 tests in ``kernels/`` are collected only on a machine with a GPU, or under NUMBA_ENABLE_CUDASIM=1,

@@ -45,6 +45,8 @@ def bits_of(array: Any) -> bytes:
         return np.ascontiguousarray(array).tobytes()
     import torch
 
+    if array.numel() == 0:
+        return b""
     return array.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 

@@ -1,4 +1,4 @@
-"""The simulator's own promises: warps meet, stuck threads are named, copies land when waited for."""
+"""The simulator's promises: warps meet, stuck threads are named, copies land when waited for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_threads_that_never_meet_are_reported() -> None:
         if U32(cuda.threadIdx.x) < U32(31):
             ptx.sync_warp()
 
-    with pytest.raises(RuntimeError, match="is stuck: threads .* at sync_warp of warp 0"):
+    with pytest.raises(RuntimeError, match=r"is stuck: threads .* at sync_warp of warp 0"):
         launch(kernel, 32, np.zeros(1))
 
 
