@@ -391,13 +391,14 @@ def copy_rows(only: str, copy: float) -> list[dict[str, Any]]:
             angles = torch.randn(tokens, 64, device=DEVICE)
             table = torch.cat([angles.cos(), angles.sin()], -1).contiguous()
             before = heads[:, :40].double()
-            rotary.rotary_embedding(positions, heads[:, :32], heads[:, 32:40], table)
+            query, key = heads[:, :32], heads[:, 32:40]
+            rotary.rotary_embedding(positions, query, key, table)
             cos, sin = table.double()[:, None].chunk(2, -1)
             first, second = before.chunk(2, -1)
             want = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
             error = relative_error(heads[:, :40], want)
             add(f"rotary {tokens} x 40 heads",
-                [partial(rotary.rotary_embedding, positions, heads[:, :32], heads[:, 32:40], table)],
+                [partial(rotary.rotary_embedding, positions, query, key, table)],
                 2 * tokens * 40 * 128 * 2 + table.nbytes, error)  # fmt: skip
     return rows
 
