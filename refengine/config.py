@@ -107,6 +107,8 @@ class EngineConfig:
     max_num_seqs: int = 256  # requests in one step
     max_num_batched_tokens: int | None = None  # tokens in one step; None: by backend
     enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = False  # share the blocks of equal prompt beginnings
+    scheduling_policy: str = "fcfs"  # a name in scheduling/policies.py, or "module:Class"
     num_kv_blocks: int | None = None  # None: as many as the memory setting below gives
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9

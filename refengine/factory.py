@@ -147,6 +147,8 @@ def build_engine(
             max_num_batched_tokens=choose_max_num_batched_tokens(config, backend, max_model_len),
             max_model_len=max_model_len,
             enable_chunked_prefill=config.enable_chunked_prefill,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
         ),
         clock=clock,
     )

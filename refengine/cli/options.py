@@ -12,6 +12,7 @@ import click
 
 from refengine.config import BACKENDS, DTYPES, LOAD_FORMATS, EngineConfig
 from refengine.sampling_params import SamplingParams
+from refengine.scheduling.policies import POLICIES, load_policy
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -133,6 +134,18 @@ def engine_options(command: Command) -> Command:
             default=defaults.enable_chunked_prefill,
             show_default=True,
             help="Let a long prompt be computed over several steps.",
+        ),
+        click.option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            default=defaults.enable_prefix_caching,
+            show_default=True,
+            help="Share the KV cache of equal prompt beginnings.",
+        ),
+        click.option(
+            "--scheduling-policy",
+            default=defaults.scheduling_policy,
+            show_default=True,
+            help=f'Who goes first: {", ".join(POLICIES)}, or "module:Class".',
         ),
         click.option(
             "--num-kv-blocks", type=click.IntRange(1), default=None, help="Blocks in the KV cache."
@@ -290,6 +303,7 @@ def sampling_options(**defaults: Any) -> Callable[[Command], Command]:
 def take_engine_config(values: dict[str, Any]) -> EngineConfig:
     """Move the engine's flags out of a command's keywords into an EngineConfig."""
     with user_errors():
+        load_policy(values["scheduling_policy"])
         return EngineConfig(**{name: values.pop(name) for name in ENGINE_FIELDS})
 
 

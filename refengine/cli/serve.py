@@ -22,7 +22,11 @@ Examples:
 """
 
 
-@click.command("serve", epilog=EPILOG)
+# Requests carry priorities (equal ones go by arrival), and conversations share their beginnings.
+DEFAULTS = {"scheduling_policy": "priority", "enable_prefix_caching": True}
+
+
+@click.command("serve", epilog=EPILOG, context_settings={"default_map": DEFAULTS})
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 serves the network.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
               help="0 picks a free one.")  # fmt: skip

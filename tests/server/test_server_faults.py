@@ -117,6 +117,28 @@ def test_a_client_that_reads_slowly_loses_nothing(tiny):
     assert data.rstrip().endswith(b"data: [DONE]")
 
 
+def test_who_has_priority_goes_first(start, tools_model):
+    server = start(tools_model, "--backend", "reference", "--num-kv-blocks", "64",
+                   "--max-num-seqs", "1")  # fmt: skip
+    ended: list[int] = []
+
+    def ask(priority: int) -> None:
+        body = LONG | {"max_tokens": 60, "priority": priority}
+        assert server.post("/v1/completions", body).status_code == 200
+        ended.append(priority)
+
+    # One seat, taken long enough for the others to queue behind it.
+    connection, response = open_stream(server, LONG | {"priority": -9, "n": 8})
+    with ThreadPoolExecutor(3) as pool:
+        for priority in (5, 0, -5):
+            pool.submit(ask, priority)
+            time.sleep(0.1)
+        assert response.read().rstrip().endswith(b"[DONE]")
+    connection.close()
+    assert ended == [-5, 0, 5]
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_killed_engine(start, tools_model, restart):
     server = start(tools_model, *TINY_FLAGS, *(["--restart-engine"] if restart else []))

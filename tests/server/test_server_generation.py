@@ -84,6 +84,18 @@ def test_a_streamed_completion_joins_to_the_unstreamed_one(client, echo):
     assert whole.usage.completion_tokens == 36
 
 
+def test_equal_beginnings_are_cached_within_a_salt(client):
+    fields = {"model": "tiny", "prompt": "a cat in the sea " * 12, "max_tokens": 2}
+    cached = [
+        client.completions.create(**fields, extra_body=body).usage.prompt_tokens_details
+        for body in ({}, {}, {"cache_salt": "other"}, {"cache_salt": "other"})
+    ]
+    first, again, salted, salted_again = (details.cached_tokens for details in cached)
+    assert (first, salted) == (0, 0)
+    assert again == salted_again
+    assert again >= 16
+
+
 def test_usage_counts_what_tokenize_counts(tiny, client):
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=7, n=3)
     count = tiny.post("/tokenize", {"prompt": PROMPT}).json()["count"]
