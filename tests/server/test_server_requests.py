@@ -6,6 +6,7 @@ import json
 import random
 import re
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -240,3 +241,11 @@ def test_random_fields(tiny):
         statuses.add(response.status_code)
         assert response.status_code in (200, 400, 404), (body, response.text)
     assert statuses >= {200, 400}
+
+
+def test_the_dashboard_names_metrics_that_there_are(tiny):
+    text = (Path(__file__).parents[2] / "docs/grafana-dashboard.json").read_text("utf-8")
+    names = set(re.findall(r"refengine:\w+", text))
+    assert len(names) > 12
+    there = tiny.get("/metrics").text
+    assert not [name for name in names if f"\n{name}{{" not in there]
