@@ -4,7 +4,7 @@ On a machine with an NVIDIA GPU: ``python benchmarks/gpu_kernels.py [--json FILE
 
 Times are medians over replays of a CUDA graph that holds many launches and rotates among inputs
 larger than the L2 cache together, so neither the host nor the cache flatters them. Attention's
-share is of the read ceiling (bytes of keys and values) or in TFLOP/s (of the causal triangle alone).
+share is of the read ceiling (keys and values) or in TFLOP/s (of the causal triangle alone).
 """
 
 from __future__ import annotations
