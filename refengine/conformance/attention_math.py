@@ -25,6 +25,7 @@ from refengine.conformance.precision import (
     wide,
 )
 
+EXP_ROUNDING = 4 * SINGLE  # what hardware's exp2 is off by, relatively
 FINITE_MASK = -1e4  # what a careless kernel adds to a score instead of minus infinity
 
 
@@ -279,6 +280,7 @@ def first_order_errors(arguments: dict[str, Any], exact: Float64, out_dtype: Any
         here = exact[part.rows].swapaxes(0, 1)  # [num_q_heads, query_len, d]
         spread = p * moved
         # sum_j spread_j * |v_j - out|, at most sum_j spread_j * |v_j| + |out| * sum_j spread_j
-        both = (low * p + spread) @ np.abs(values) + spread.sum(-1, keepdims=True) * np.abs(here)
+        both = ((low + EXP_ROUNDING) * p + spread) @ np.abs(values)
+        both += spread.sum(-1, keepdims=True) * np.abs(here)
         unit[part.rows] += both.swapaxes(0, 1)
     return unit

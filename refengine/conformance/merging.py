@@ -16,6 +16,7 @@ from refengine.conformance.precision import (
     budget_unit,
     format_name,
     rounded,
+    single,
     wide,
 )
 from refengine.conformance.problem import Expected, Mistake, Problem
@@ -50,7 +51,7 @@ class MergePartialAttention(RowKernel):
         if case.get("unlike", False):
             sums *= 40
         arguments: dict[str, Any] = {
-            "partial_outputs": partial.astype(np.float32),
+            "partial_outputs": rounded(partial, activation_dtype(case.dtype)),
             "log_sum_exps": sums.astype(np.float32),
             "out": np.empty((tokens, heads, head_dim), activation_dtype(case.dtype)),
         }
@@ -60,10 +61,10 @@ class MergePartialAttention(RowKernel):
         """Float64 against a plain float32 sum."""
         a, dtype = problem.arguments, problem.arguments["out"].dtype
         exact, shares = _merge(wide(a["partial_outputs"]), wide(a["log_sum_exps"]))
-        dense, _ = _merge(a["partial_outputs"], a["log_sum_exps"])
+        dense, _ = _merge(single(a["partial_outputs"]), a["log_sum_exps"])
         partial = np.nan_to_num(np.abs(wide(a["partial_outputs"])))
         level = np.where(np.isfinite(a["log_sum_exps"]), np.abs(a["log_sum_exps"]), 0)
-        moved = (shares * (2 + 2 * wide(level)))[..., np.newaxis]  # exp of a rounded difference
+        moved = (shares * (6 + 2 * wide(level)))[..., np.newaxis]  # exp of a rounded difference
         first_order = budget_unit(format_name(dtype), exact)
         first_order += SINGLE * (moved * partial).sum(axis=0)
         first_order += SINGLE * moved.sum(axis=0) * np.abs(exact)
