@@ -7,9 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from refengine.cpu.arrays import Array
+from refengine.cpu.arrays import SERIAL_ELEMENTS, Array
 from refengine.cpu.jit import inner, parallel
-from refengine.cpu.rows import SERIAL_ELEMENTS, as_rows, row_start
+from refengine.cpu.rows import as_rows, row_start
 from refengine.cpu.simd import LANES, fma, splat
 from refengine.cpu.simd_math import exp, tanh
 from refengine.cpu.simd_memory import flat, load_first, store_first

@@ -14,7 +14,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 UINT16 = np.dtype(np.uint16)
 # Below this many elements, a loop on one thread ends before the others have woken up.
-SERIAL_ELEMENTS = 1 << 14
+SERIAL_ELEMENTS = 1 << 16
 _CACHE_LINE = 64  # bytes, and the width of the widest loads
 
 

@@ -149,6 +149,7 @@ def attend(
         scratch[totals + row] = _ZERO
     # 3 Walk over the tiles of keys that some row may see.
     narrow = rows <= NARROW_ROWS
+    no_shift: Any = np.int64(0)  # as a bare 0 it would be a type of its own, compiled once more
     token_stride = num_kv_heads * head_dim
     row_lines = (heads * head_dim * key_cache.itemsize + 63) // 64
     key_first = max(0, position - window + 1)
@@ -189,7 +190,7 @@ def attend(
                 _attend_tile(
                     scratch, queries + h * rows * padded, sums + h * rows * padded, scores,
                     maxima + h * rows, totals + h * rows, scales, rows, padded, group, position,
-                    window, soft_cap, scratch, scratch, copied, 0, TILE_KEYS * padded,
+                    window, soft_cap, scratch, scratch, copied, no_shift, TILE_KEYS * padded,
                     tile, first, stop, ask,
                 )  # fmt: skip
         located, upcoming = upcoming, located

@@ -22,7 +22,7 @@ from refengine.cpu.write_kv import cache_bits
 from refengine.reference.validation import check_paged_attention, check_sequences
 
 # Fewer products of a query and a key than this are done before other threads have woken up.
-_SERIAL_PRODUCTS = 1 << 10
+_SERIAL_PRODUCTS = 1 << 12
 _scratch = threading.local()
 
 
@@ -135,32 +135,38 @@ def _attend_batch(
     # 1 Queries of empty sequences see nothing.
     for seq in range(seq_lens.shape[0]):
         if seq_lens[seq] == 0:
-            out[query_start_loc[seq] : query_start_loc[seq + 1]] = np.float32(0.0)
+            _fill_with_zeros(out, query_start_loc[seq], query_start_loc[seq + 1])
     # 2 Plan, and let the threads work through the queue.
     items = np.empty((most_items(query_start_loc, group, num_kv_heads), 6), np.int64)
     num_items, products = plan_items(
         seq_lens, query_start_loc, group, num_kv_heads, window, threads, items
     )
-    queue = np.zeros(1, np.int64)
+    queue = np.empty(1, np.int64)
+    queue[0] = 0  # np.zeros would be spread over the threads
     if threads == 1 or products < _SERIAL_PRODUCTS:
         _work_through(
             attend, query, key_cache, value_cache, block_tables, scale, window, soft_cap, out,
-            items, num_items, queue, scratch, offsets, 0,
+            items, num_items, queue, scratch, offsets, np.int64(0),
         )  # fmt: skip
     else:
         for worker in numba.prange(threads):
             _work_through(
                 attend, query, key_cache, value_cache, block_tables, scale, window, soft_cap, out,
-                items, num_items, queue, scratch, offsets, worker,
+                items, num_items, queue, scratch, offsets, np.int64(worker),
             )  # fmt: skip
     return True
+
+
+@inner
+def _fill_with_zeros(out: Any, first: int, stop: int) -> None:
+    out[first:stop] = np.float32(0.0)
 
 
 @inner
 def _work_through(
     attend: int, query: Any, key_cache: Any, value_cache: Any, block_tables: Any, scale: Any,
     window: int, soft_cap: Any, out: Any, items: Any, num_items: int, queue: Any, scratch: Any,
-    offsets: Any, worker: int,
+    offsets: Any, worker: Any,
 ) -> None:  # fmt: skip
     """One thread's part: take the next item until there is none."""
     _, block_size, num_kv_heads, head_dim = key_cache.shape

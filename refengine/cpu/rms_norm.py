@@ -7,9 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from refengine.cpu.arrays import Array, bits
+from refengine.cpu.arrays import SERIAL_ELEMENTS, Array, bits
 from refengine.cpu.jit import inner, parallel
-from refengine.cpu.rows import SERIAL_ELEMENTS, as_rows, row_start
+from refengine.cpu.rows import as_rows, row_start
 from refengine.cpu.simd import LANES, fma, splat, sum_lanes
 from refengine.cpu.simd_memory import flat, load, load_first, store, store_first
 from refengine.reference.validation import check_fused_add_rms_norm, check_rms_norm

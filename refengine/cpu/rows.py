@@ -13,9 +13,6 @@ import numpy as np
 from refengine.cpu.arrays import FLOAT32, Array
 from refengine.cpu.jit import inner
 
-# Below this many elements, a loop on one thread ends before the others have woken up.
-SERIAL_ELEMENTS = 1 << 14
-
 
 def as_rows(name: str, array: Array) -> Array:
     """A 1-, 2- or 3-D float32 array as a 3-D view of its rows.

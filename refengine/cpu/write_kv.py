@@ -6,9 +6,9 @@ from typing import Any
 
 import numba
 
-from refengine.cpu.arrays import Array, bits
+from refengine.cpu.arrays import SERIAL_ELEMENTS, Array, bits
 from refengine.cpu.jit import inner, parallel
-from refengine.cpu.rows import SERIAL_ELEMENTS, as_rows, row_start
+from refengine.cpu.rows import as_rows, row_start
 from refengine.cpu.simd import LANES
 from refengine.cpu.simd_memory import flat, load_first, store_first
 from refengine.reference.validation import check_slots, check_write_kv

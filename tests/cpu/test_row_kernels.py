@@ -10,7 +10,7 @@ from refengine import cpu, reference
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 # Rows of one token, of a few (one thread) and of many (all threads); widths around 16 lanes.
-SHAPES = [(1, 576), (3, 1), (5, 15), (2, 16), (4, 17), (7, 59), (64, 576), (300, 100)]
+SHAPES = [(1, 576), (3, 1), (5, 15), (2, 16), (4, 17), (7, 59), (64, 576), (300, 100), (300, 300)]
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
