@@ -1,4 +1,7 @@
-"""Peak memory: the weights, the cache, and at most 300 MB for everything else."""
+"""Peak memory: the weights, the cache, and at most 300 MB for everything else.
+
+Once kernels are compiled, that is: a process that compiles them takes some 150 MB more.
+"""
 
 import json
 import subprocess
@@ -23,10 +26,9 @@ print(json.dumps({"loaded": loaded, "peak": peak, "parameters": parameters}))
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 def test_peak_is_weights_and_cache_and_a_process(smollm2_path, dtype, size):
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(smollm2_path), dtype],
-        capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, str(smollm2_path), dtype]
+    for _ in ("compile", "measure"):
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     result = json.loads(run.stdout)
     weights = result["parameters"] * size
     assert result["loaded"] < weights + 2**26 + 300e6
