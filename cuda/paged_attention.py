@@ -2,7 +2,8 @@
 
 One function for decode, prefill and mixed batches. It checks the arguments, picks rungs of the
 ladder by shape, and launches them. What is picked for a sequence depends on that sequence and the
-model's shape alone, never on the rest of the batch; so do the results, to the bit.
+model's shape alone, never on the rest of the batch; so do the results, to the bit. (One exception,
+below: a batch of as many tokens as sequences in which one sequence has several of the tokens.)
 
 The ladder, with shares of the memory's rate (64 sequences of 2,048 tokens, bfloat16) or TFLOP/s
 (one prompt of 8,192) on an H100; ``docs/performance.md`` has the whole tables:
@@ -120,8 +121,13 @@ def paged_attention(
     elif problem.head_dim % 16:
         run_decode(problem, UNLIMITED)
     else:
-        # A decode batch has a token a sequence; then no sequence has many.
-        if problem.num_tokens > DECODE_TOKENS and problem.num_tokens != problem.num_seqs:
+        # As many tokens as sequences is a decode batch, which a launch of the prefill rung that
+        # finds nothing to do would slow down. Where it is not (some sequences have no new token,
+        # one has many), the decode rung takes them all: right, if not to the bit the same.
+        if problem.num_tokens == problem.num_seqs:
+            run_decode(problem, UNLIMITED)
+            return
+        if problem.num_tokens > DECODE_TOKENS:
             run_prefill(problem, DECODE_TOKENS)
         run_decode(problem, DECODE_TOKENS)
 

@@ -119,6 +119,13 @@ def test_a_sequence_is_the_same_to_the_bit_in_any_batch() -> None:
         assert bits_of(alone[-1]) == bits_of(arguments[-1][rows])
 
 
+def test_as_many_tokens_as_sequences_need_not_be_one_each() -> None:
+    problem = Problem([8, 3, 7, 4, 5, 9], [6, 0, 0, 0, 0, 0])
+    arguments = problem.arguments()
+    module.paged_attention(*arguments)
+    assert relative_error(on_host(arguments[-1]), problem.reference()) < TOLERANCE["bfloat16"]
+
+
 def test_queries_may_be_a_slice_of_a_fused_product() -> None:
     problem = Problem([20], [2])
     arguments = problem.arguments()
