@@ -15,12 +15,11 @@ import numpy as np
 from refengine.config import ModelConfig
 from refengine.cpu.activation import soft_cap
 from refengine.cpu.arrays import Array, aligned_empty, bits
-from refengine.cpu.attention_plan import UNLIMITED, plan_items, sequences_fit
+from refengine.cpu.attention_plan import UNLIMITED
 from refengine.cpu.attention_tile import TILE_KEYS, attend_address, scratch_size, tile_tokens
-from refengine.cpu.calls import call_address
-from refengine.cpu.decoder_layout import PARTS, STEP, address_of
+from refengine.cpu.decoder_launch import BAD_POSITION, BAD_SEQUENCE, BAD_SLOT, FITS, launch
+from refengine.cpu.decoder_layout import PARTS, STEP
 from refengine.cpu.decoder_worker import num_stages, worker_address
-from refengine.cpu.jit import inner, parallel
 from refengine.cpu.linear import linear
 from refengine.cpu.matrix_product import block_kernel
 from refengine.cpu.memory import empty
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from refengine.models.decoder_weights import DecoderWeights
 
 _SMALLEST_CAPACITY = 16
-_ITEM_TOKENS = 8
-_FITS, _BAD_TOKEN, _BAD_POSITION, _BAD_SLOT, _BAD_SEQUENCE = range(5)
 
 
 class DecoderStep:
@@ -107,7 +104,7 @@ class DecoderStep:
         workers = numba.get_num_threads()
         self._check(batch, key_caches, value_caches)
         self._make_room(num_tokens, num_seqs, workers)
-        code = _run(
+        code = launch(
             self._worker,
             self._step,
             self._embedding,
@@ -128,7 +125,7 @@ class DecoderStep:
             self._widest_window,
             workers,
         )
-        if code != _FITS:
+        if code != FITS:
             self._explain(code, batch, key_caches)
         return out
 
@@ -282,11 +279,11 @@ class DecoderStep:
 
     def _explain(self, code: int, batch: BatchArrays, key_caches: Array) -> None:
         """Raise the ValueError that says what of the batch does not fit."""
-        if code == _BAD_POSITION:
+        if code == BAD_POSITION:
             check_positions(batch.positions, self.weights.cos_sin_cache)
-        if code == _BAD_SLOT:
+        if code == BAD_SLOT:
             check_slots(batch.slot_mapping, key_caches[0])
-        if code == _BAD_SEQUENCE:
+        if code == BAD_SEQUENCE:
             query = np.empty((batch.token_ids.shape[0], 0))
             check_sequences(
                 query, key_caches[0], batch.block_tables, batch.seq_lens, batch.query_start_loc,
@@ -301,69 +298,3 @@ class DecoderStep:
 
 def _padded(size: int) -> int:
     return -(-size // PANEL) * PANEL
-
-
-@inner
-def _batch_fits(
-    token_ids: Any, positions: Any, slot_mapping: Any, seq_lens: Any, query_start_loc: Any,
-    vocab_size: int, num_positions: int, num_slots: int,
-) -> int:  # fmt: skip
-    """What is wrong with a batch's numbers, sequences' tables aside."""
-    for t in range(token_ids.shape[0]):
-        if token_ids[t] < 0 or token_ids[t] >= vocab_size:
-            return _BAD_TOKEN
-        if positions[t] < 0 or positions[t] >= num_positions:
-            return _BAD_POSITION
-        if slot_mapping[t] < -1 or slot_mapping[t] >= num_slots:
-            return _BAD_SLOT
-    for seq in range(seq_lens.shape[0]):
-        if query_start_loc[seq + 1] - query_start_loc[seq] > seq_lens[seq]:
-            return _BAD_SEQUENCE
-    return _FITS
-
-
-@parallel
-def _run(
-    worker_address: int, steps: Any, embedding: Any, words: Any,
-    token_ids: Any, positions: Any, slot_mapping: Any, block_tables: Any, seq_lens: Any,
-    query_start_loc: Any, key_caches: Any, value_caches: Any, items: Any, stages: Any,
-    out: Any, vocab_size: int, num_positions: int, window: int, workers: int,
-) -> int:  # fmt: skip
-    """Check, plan, and let the workers run. Returns ``_FITS``, or what does not fit."""
-    step = steps[0]
-    num_tokens = token_ids.shape[0]
-    num_blocks, block_size = key_caches.shape[1], key_caches.shape[2]
-    # 1 Nothing is touched unless everything named exists.
-    if not sequences_fit(
-        num_tokens, num_blocks, block_size, block_tables, seq_lens, query_start_loc, window
-    ):
-        return _BAD_SEQUENCE
-    code = _batch_fits(
-        token_ids, positions, slot_mapping, seq_lens, query_start_loc,
-        vocab_size, num_positions, num_blocks * block_size,
-    )  # fmt: skip
-    if code != _FITS:
-        return code
-    # 2 The batch, and its tiles of tokens.
-    step.token_ids, step.positions = address_of(token_ids), address_of(positions)
-    step.slot_mapping, step.block_tables = address_of(slot_mapping), address_of(block_tables)
-    step.key_caches, step.value_caches = address_of(key_caches), address_of(value_caches)
-    step.normalised = address_of(out)
-    step.num_tokens = num_tokens
-    # Neighbouring rows lie together, and are read ahead; but nobody should wait for the last item.
-    step.item_tokens = max(1, min(_ITEM_TOKENS, num_tokens // (4 * workers)))
-    step.max_blocks = block_tables.shape[1]
-    step.num_blocks, step.block_size = num_blocks, block_size
-    group = step.q_heads // step.kv_heads
-    step.num_items, _ = plan_items(
-        seq_lens, query_start_loc, group, step.kv_heads, window, workers, items
-    )
-    # 3 All threads at once.
-    step_address = address_of(steps)
-    stages[:] = 0
-    if workers == 1:
-        call_address(worker_address, 0, 1, step_address, embedding, words)
-    else:
-        for worker in numba.prange(workers):
-            call_address(worker_address, np.int64(worker), workers, step_address, embedding, words)
-    return _FITS

@@ -43,8 +43,8 @@ from refengine.cpu.write_kv import write_kv_head
 _UNBOUNDED = (2**40,)
 
 
-(_EMBED, _QKV, _ROTATE, _ATTENTION, _OUTPUT, _NORM, _GATE_UP, _ACTIVATION, _DOWN) = range(
-    len(PARTS)
+(_EMBED, _QKV, _ROTATE, _ATTENTION, _OUTPUT, _NORM, _GATE_UP, _ACTIVATION, _DOWN) = map(
+    np.int64, range(len(PARTS))
 )
 
 
@@ -70,10 +70,10 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
     hidden, q_width = step.hidden, step.q_heads * step.head_dim
     qkv_width = q_width + 2 * step.kv_heads * step.head_dim
     aligned = q_width // step.kv_heads % LANES == 0
-    stage, time = 0, read_clock()
+    stage, time, none = 0, read_clock(), np.int64(-1)
     # 0 Token ids to vectors; the first norm.
     _embed(step, worker, stage, embedding)
-    _norm_rows(step, worker, stage + 1, -1, step.input_norm_at, False, embedding, words, True)
+    _norm_rows(step, worker, stage + 1, none, step.input_norm_at, embedding, words)
     stage, time = stage + 2, _lap(step, worker, _EMBED, time)
     for layer in range(step.num_layers):
         at = layer * hidden
@@ -102,7 +102,7 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
         # 5 Add; what the MLP reads.
         own = step.post_attention_norm_at
         _norm_rows(step, worker, stage, own if own < 0 else own + at, step.pre_mlp_norm_at + at,
-                   True, embedding, words, True)  # fmt: skip
+                   embedding, words)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _NORM, time)
         # 6 Gate and up are one product.
         _product(step, workers, stage, step.gate_up, layer, hidden, 2 * step.width, embedding,
@@ -118,17 +118,16 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
         # 9 Add; what the next layer reads, or the final norm.
         own = step.post_mlp_norm_at
         _norm_rows(step, worker, stage, own if own < 0 else own + at,
-                   step.input_norm_at + at + hidden, True, embedding, words,
-                   layer + 1 < step.num_layers)  # fmt: skip
+                   step.input_norm_at + at + hidden, embedding, words)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _NORM, time)
 
 
 @inner
-def _lap(step: Any, worker: int, name: int, since: int) -> int:
+def _lap(step: Any, worker: int, part: Any, since: int) -> int:
     """Book the time since the last lap; return the time now."""
     now = read_clock()
     if worker == 0:
-        array_at(step.ticks, np.int64)[name] += now - since
+        array_at(step.ticks, np.int64)[part] += now - since
     return now  # type: ignore[no-any-return]
 
 
@@ -192,10 +191,12 @@ def _embed(step: Any, worker: int, stage: int, embedding: Any) -> None:
 
 @inner
 def _norm_rows(
-    step: Any, worker: int, stage: int, own_at: int, norm_at: int, add: bool, embedding: Any,
-    words: Any, to_words: bool,
+    step: Any, worker: int, stage: int, own_at: Any, norm_at: int, embedding: Any,
+    words: Any,
 ) -> None:  # fmt: skip
     """Add the last sublayer's result to the stream, and normalise the stream for the next.
+
+    The first norm has nothing to add; the last one's rows are the step's result, not words.
 
     Args:
         step: the record.
@@ -203,10 +204,8 @@ def _norm_rows(
         stage: which.
         own_at: offset of the weight that the result itself is normalised with, or -1.
         norm_at: offset of the next sublayer's norm weight.
-        add: False at the start, where there is no result yet.
         embedding: for its type.
         words: for its type.
-        to_words: whether normalised rows become words of x, or the step's result.
     """
     stages, floats = array_at(step.stages, np.int64), array_at(step.floats, np.float32)
     arena, size, eps = array_at(step.words, words), step.hidden, step.eps
@@ -214,6 +213,8 @@ def _norm_rows(
     own = array_at(step.vectors + 4 * max(own_at, 0), np.float32)
     normalised = array_at(step.normalised, np.float32)
     row_at = step.rows_at + worker * step.row_stride
+    add = norm_at != step.input_norm_at
+    to_words = norm_at != step.input_norm_at + step.num_layers * size
     items, mine, item = _token_items(step), 0, take(stages, stage)
     while item < items:
         first, last = _tokens(step, item)

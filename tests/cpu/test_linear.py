@@ -252,3 +252,32 @@ def test_narrow_machines(features, tmp_path):
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     subprocess.run([sys.executable, "-c", _NARROW], env=environment, check=True, timeout=300)
+
+
+_COUNT_COMPILATIONS = """
+import numpy as np, ml_dtypes
+from numba.core import event
+from refengine.cpu.linear import linear, prepare_weight
+with event.install_recorder("numba:compile") as compilations:
+    weight = prepare_weight(np.ones((20, 6), ml_dtypes.bfloat16))
+    linear(np.ones((2, 6), np.float32), weight, None, np.empty((2, 20), np.float32))
+print(len(compilations.buffer))
+"""
+
+
+def test_another_process_compiles_nothing_anew(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    counts = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _COUNT_COMPILATIONS],
+                env=environment,
+                check=True,
+                timeout=300,
+                capture_output=True,
+            ).stdout
+        )
+        for _ in range(2)
+    ]
+    assert counts[0] > 0
+    assert counts[1] == 0
