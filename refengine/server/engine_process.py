@@ -1,8 +1,8 @@
 """The engine in a process of its own, so that HTTP work never holds up a step.
 
-Threads of one Python process share its interpreter lock: measured with 256 streams, an engine on a
-thread beside the HTTP threads loses throughput that an engine in its own process keeps
-(docs/serving.md).
+Threads of one Python process share its interpreter lock, and what HTTP threads do while a step's
+Python runs would come out of the step; besides, an engine that crashes leaves someone to say so.
+``benchmarks/http_load.py --engine-on-thread`` compares.
 """
 
 from __future__ import annotations
