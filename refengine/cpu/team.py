@@ -17,6 +17,7 @@ never, finds its work done by the others. There is nothing that threads could wa
 
 from __future__ import annotations
 
+import platform
 import sys
 from typing import Any
 
@@ -27,11 +28,12 @@ from refengine.cpu.jit import inner
 from refengine.cpu.simd import emit_call, intrinsic
 from refengine.cpu.simd_memory import fetch_add
 
-# A stage's two counters, the next item and how many are done, have a cache line of their own: int64
-# ``stages[stage * SPACING]`` and the one after it. All are zero when the team starts.
+# A stage's three counters have a cache line of their own, int64 ``stages[stage * SPACING + ...]``:
+# the next item, how many are done, and how many threads sleep. All are zero when the team starts.
 SPACING = 8
-# Waiting begins with pauses, some 40 cycles each. After this many, the thread offers its core to
-# others at every turn: there may be fewer cores than threads.
+_DONE, _SLEEPERS = 1, 2
+# Waiting begins with pauses, some 40 cycles each. After this many a thread sleeps: where something
+# else runs on this machine, the thread it waits for may have lost its core, and gets this one.
 _PAUSES = 1_000
 
 
@@ -44,16 +46,24 @@ def take(stages: Any, stage: int) -> int:
 @inner
 def finish(stages: Any, stage: int, items: int, mine: int) -> None:
     """Report items as done and wait for the rest; what others wrote for theirs is visible then."""
-    place = stage * SPACING + 1
-    if mine > 0 and add_and_fetch(stages, place, mine) == items:
+    done, sleepers = stage * SPACING + _DONE, stage * SPACING + _SLEEPERS
+    if mine > 0 and add_and_fetch(stages, done, mine) == items:
+        # Whoever goes to sleep has either been counted by now, or sees that the count of items has
+        # changed and does not sleep.
+        if add_and_fetch(stages, sleepers, 0) > 0:
+            wake_all(stages, done)
         return
     turns = 0
-    while fetch(stages, place) < items:
+    while True:
+        count = fetch(stages, done)
+        if count >= items:
+            return
         turns += 1
         if turns < _PAUSES:
             pause()
         else:
-            offer_core()
+            add_and_fetch(stages, sleepers, 1)
+            sleep_while_equal(stages, done, count)
 
 
 # ---------------------------------------------------------------- in LLVM's language
@@ -102,19 +112,56 @@ def pause(typing_context: Any) -> Any:
     return types.void(), code
 
 
+# Linux can let a thread sleep on a word of memory. libc has no name for it, so it goes by number.
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+_FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
+_EVERYONE = 2**31 - 1
+
+
 @intrinsic
-def offer_core(typing_context: Any) -> Any:
-    """Ask the system to run another thread here, if one wants to."""
+def sleep_while_equal(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Sleep until woken, unless an int64 element's low half is another than that of ``value``.
+
+    May return for no reason. Elsewhere than on Linux the thread offers its core to others instead.
+    """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(ir.IntType(32), []), name)
-        builder.call(function, [])
+        if _FUTEX is None:
+            name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+            builder.call(_external(builder, name, ir.FunctionType(ir.IntType(32), [])), [])
+        else:
+            pointer = _element(context, builder, signature, args)
+            _emit_futex(builder, pointer, _FUTEX_WAIT_PRIVATE, args[2])
         return context.get_dummy_value()
 
-    return types.void(), code
+    return types.void(array, types.intp, types.int64), code
+
+
+@intrinsic
+def wake_all(typing_context: Any, array: Any, index: Any) -> Any:
+    """Wake all threads that sleep on an element."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if _FUTEX is not None:
+            pointer = _element(context, builder, signature, args)
+            _emit_futex(builder, pointer, _FUTEX_WAKE_PRIVATE, ir.IntType(64)(_EVERYONE))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), code
+
+
+def _emit_futex(builder: Any, pointer: Any, operation: int, value: Any) -> None:
+    """``syscall(SYS_futex, pointer, operation, value, no timeout)``."""
+    i64 = ir.IntType(64)
+    low_half = builder.and_(value, i64(0xFFFFFFFF))
+    arguments = [i64(_FUTEX), builder.ptrtoint(pointer, i64), i64(operation), low_half, i64(0)]
+    function = _external(builder, "syscall", ir.FunctionType(i64, [i64], var_arg=True))
+    builder.call(function, arguments)
+
+
+def _external(builder: Any, name: str, kind: Any) -> Any:
+    """A function of the system's library."""
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 @intrinsic
