@@ -10,7 +10,7 @@ from __future__ import annotations
 
 
 class Block:
-    """One block; ``previous`` and ``next`` are its neighbours while it is free."""
+    """One block; ``previous`` and ``next`` are its neighbours while it is free, or itself."""
 
     __slots__ = ("block_hash", "block_id", "next", "previous", "ref_count")
 
@@ -18,8 +18,7 @@ class Block:
         self.block_id = block_id
         self.ref_count = 0  # tables that name it
         self.block_hash: bytes | None = None  # set while the index finds it
-        self.previous: Block | None = None
-        self.next: Block | None = None
+        self.previous = self.next = self
 
     def __repr__(self) -> str:
         return f"Block({self.block_id}, ref_count={self.ref_count})"
@@ -44,7 +43,6 @@ class BlockPool:
         self._index: dict[bytes, Block] = {}
         # The queue is a ring through one block that is never handed out: no end is special.
         self._ring = Block(-1)
-        self._ring.previous = self._ring.next = self._ring
         for block in self.blocks:
             self._link(block, before=self._ring)
 
@@ -65,7 +63,7 @@ class BlockPool:
             RuntimeError: if no block is free; ask ``num_free`` first.
         """
         block = self._ring.next
-        if block is None or block is self._ring:
+        if block is self._ring:
             raise RuntimeError(f"all {self.num_blocks} blocks are in use")
         self._unlink(block)
         self.unindex(block)
@@ -121,10 +119,9 @@ class BlockPool:
         """
         free, block = 0, self._ring
         while block.next is not self._ring:
-            following = block.next
-            if following is None or following.previous is not block:
+            if block.next.previous is not block:
                 raise RuntimeError(f"the free queue is broken after {block}")
-            block = following
+            block = block.next
             free += 1
             if block.ref_count != 0:
                 raise RuntimeError(f"{block} is in the free queue and in use")
@@ -142,16 +139,12 @@ class BlockPool:
         if sum(block.block_hash is not None for block in self.blocks) != len(self._index):
             raise RuntimeError("a block has a hash that the index does not know")
 
-    def _link(self, block: Block, before: Block | None) -> None:
-        assert before is not None
-        assert before.previous is not None
+    def _link(self, block: Block, before: Block) -> None:
         block.previous, block.next = before.previous, before
         before.previous.next = before.previous = block
         self.num_free += 1
 
     def _unlink(self, block: Block) -> None:
-        assert block.previous is not None
-        assert block.next is not None
         block.previous.next, block.next.previous = block.next, block.previous
-        block.previous = block.next = None
+        block.previous = block.next = block
         self.num_free -= 1

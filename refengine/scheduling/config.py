@@ -8,9 +8,15 @@ from refengine.errors import RequestError
 from refengine.request import Request
 from refengine.scheduling.policies import load_policy
 
-PREEMPTION_MODES = ("recompute", "swap", "auto")
-KV_ALLOCATIONS = ("paged", "static")
-BATCHINGS = ("continuous", "static", "none")
+CHOICES = {
+    "preemption_mode": ("recompute", "swap", "auto"),
+    "kv_allocation": ("paged", "static"),
+    "batching": ("continuous", "static", "none"),
+}
+POSITIVE = ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+            "max_queue")  # fmt: skip
+NOT_NEGATIVE = ("long_prefill_token_threshold", "num_host_blocks", "swap_seconds_per_block",
+                "recompute_seconds_per_token")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,29 +49,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name, least in (
-            ("num_blocks", 1),
-            ("block_size", 1),
-            ("max_model_len", 1),
-            ("max_num_seqs", 1),
-            ("max_num_batched_tokens", 1),
-            ("max_queue", 1),
-            ("long_prefill_token_threshold", 0),
-            ("num_host_blocks", 0),
-            ("swap_seconds_per_block", 0),
-            ("recompute_seconds_per_token", 0),
-        ):
-            value = getattr(self, name)
+        for name in POSITIVE + NOT_NEGATIVE:
+            value, least = getattr(self, name), int(name in POSITIVE)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, choices in (
-            ("preemption_mode", PREEMPTION_MODES),
-            ("kv_allocation", KV_ALLOCATIONS),
-            ("batching", BATCHINGS),
-        ):
-            if getattr(self, name) not in choices:
-                wanted = ", ".join(choices)
-                raise ValueError(f"{name} must be one of {wanted}, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         load_policy(self.policy)
 
     @property

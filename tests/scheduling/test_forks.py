@@ -197,6 +197,37 @@ def test_a_lone_child_takes_its_shared_block_out_of_the_index_instead_of_copying
     assert child.output_token_ids == expected_tokens(child)
 
 
+def test_a_child_that_turns_off_earlier_does_not_spoil_what_others_find() -> None:
+    scheduler, runner = make_scheduler(enable_prefix_caching=True)
+    parent = make_request("p", prompt=6, max_tokens=8)
+    scheduler.add_request(parent)
+    for _ in range(6):
+        step(scheduler, runner)
+    child = make_request("c", prompt=6, max_tokens=6)
+    child.output_token_ids = [parent.output_token_ids[0], 49 - parent.output_token_ids[1]]
+    scheduler.fork_request("p", child)
+    scheduler.abort_request("p")
+    # The child writes its eighth token where the parent's lies, in a block that could be found.
+    assert step(scheduler, runner).block_copies == ()
+    again = make_request("a", prompt=parent.token_ids(0, 9), max_tokens=2)
+    scheduler.add_request(again)
+    drain(scheduler, runner)
+    assert again.num_cached_tokens == 4
+    assert again.output_token_ids == expected_tokens(again)
+    assert child.output_token_ids == expected_tokens(child, num_given=2)
+
+
+def test_a_fork_of_what_was_computed_before_a_reset_is_not_found() -> None:
+    scheduler, runner = make_scheduler(enable_prefix_caching=True)
+    parent, child = samples(2, prompt=9, max_tokens=12)
+    scheduler.add_request(parent)
+    step(scheduler, runner)
+    scheduler.reset_prefix_cache()
+    scheduler.fork_request("s0", child)
+    drain(scheduler, runner)
+    assert scheduler.kv.pool.num_indexed == 0
+
+
 def test_mock_runner_sees_a_missing_copy() -> None:
     """The check that these tests stand on: without the copy, a read is wrong."""
 

@@ -351,11 +351,24 @@ def test_an_id_in_use_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"]
+    ("name", "least"),
+    [
+        ("num_blocks", 1),
+        ("block_size", 1),
+        ("max_model_len", 1),
+        ("max_num_seqs", 1),
+        ("max_num_batched_tokens", 1),
+        ("max_queue", 1),
+        ("long_prefill_token_threshold", 0),
+        ("num_host_blocks", 0),
+        ("swap_seconds_per_block", 0),
+        ("recompute_seconds_per_token", 0),
+    ],
 )
-def test_a_config_checks_its_numbers(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        SchedulerConfig(**({"num_blocks": 4} | {name: 0}))  # type: ignore[arg-type]
+def test_a_config_checks_its_numbers(name: str, least: int) -> None:
+    SchedulerConfig(**({"num_blocks": 4} | {name: least}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {least - 1}"):
+        SchedulerConfig(**({"num_blocks": 4} | {name: least - 1}))  # type: ignore[arg-type]
 
 
 # ----- misuse by the engine

@@ -4,6 +4,7 @@ import pytest
 from scheduling_mocks import MockRunner, drain, expected_tokens, make_request, make_scheduler, step
 
 from refengine.request import Request, RequestState
+from refengine.scheduling.kv_cache_manager import KVCacheManager
 from refengine.scheduling.scheduler import Scheduler, SchedulerConfig
 from refengine.step import Decision
 
@@ -109,6 +110,7 @@ def test_a_step_that_fails_leaves_nothing_in_host_memory_to_trust() -> None:
     assert {first.state, second.state} == {RequestState.PREEMPTED}
     following = step(scheduler, runner)
     assert set(following.dropped_request_ids) == {"a", "b"}
+    assert (following.swap_out, following.swap_in) == ((), ())
     drain(scheduler, runner)
     for request in (first, second):
         assert request.output_token_ids == expected_tokens(request)
@@ -122,9 +124,21 @@ def test_what_every_token_gives_something_to_is_not_swapped(params: dict[str, ob
     scheduler.add_request(make_request("a", (1,) * 8, max_tokens=6))
     whole = make_request("b", (2,) * 12, **params)  # type: ignore[arg-type]
     scheduler.add_request(whole)
-    drain(scheduler, runner)
+    while scheduler.has_unfinished_requests():
+        assert step(scheduler, runner).swap_out == ()
     assert whole.num_preemptions > 0
     assert whole.output_token_ids == expected_tokens(whole)
+
+
+def test_only_what_was_computed_is_moved() -> None:
+    kv = KVCacheManager(8, 4, num_host_blocks=8, reserved_tokens=32)
+    request = make_request("a", prompt=5)
+    kv.allocate(request, 5)
+    request.num_computed_tokens = 5
+    assert kv.swap_out(request)
+    _, swap_out, _ = kv.take_moves()
+    assert len(swap_out) == 2
+    kv.check_invariants()
 
 
 def test_many_requests_swap_in_turn_in_the_smallest_pool() -> None:
