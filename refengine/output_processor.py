@@ -89,11 +89,12 @@ class RequestTracker:
         """What to tell the user now, or None."""
         request = self.request
         finished = request.is_finished
-        if finished and self.detokenizer is not None and self.detokenizer.stop_reason is None:
+        if finished and self.detokenizer is not None:
+            before = self.detokenizer.stop_reason
             self._pending_text += self.detokenizer.finish()
-            if self.detokenizer.stop_reason is not None:  # completed by what was held back
-                request.finish_reason = "stop"
-                request.stop_reason = self.detokenizer.stop_reason
+            stop_reason = self.detokenizer.stop_reason
+            if stop_reason != before:  # completed by what was held back
+                request.finish_reason, request.stop_reason = "stop", stop_reason
         if self.stream:
             start, text = self._shown_tokens, self._pending_text
             self._shown_tokens, self._pending_text = request.num_output_tokens, ""

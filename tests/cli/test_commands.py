@@ -179,7 +179,8 @@ def test_chat_keeps_the_conversation(model):
     process = subprocess.run(
         [sys.executable, "-m", "refengine", "chat", "--model", model, "--backend", "reference",
          "--num-kv-blocks", "64", "--temperature", "0", "--max-tokens", "4"],
-        input="the cat\n/stats\n/reset\n\non a\n/exit\n", capture_output=True, text=True, timeout=120, check=False,
+        input="the cat\n/stats\n/reset\n\non a\n/exit\n",
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
