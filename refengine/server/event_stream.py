@@ -1,10 +1,11 @@
 """EventStream: the events of one streamed response, written by whoever has them.
 
 A thread for each open response is how WSGI works, but waking it for each token is what costs: with
-256 streams 57 microseconds a token, most of it handing over the interpreter lock. So once a
-response's head is out, its thread sleeps and the thread that receives the engine's steps writes
-events to the socket itself, without blocking: 13 microseconds in the same trial (docs/serving.md). Where the
-socket is full (a slow client), the response's own thread takes over until it has drained.
+256 streams 57 microseconds a token in a trial (docs/serving.md), most of it handing over the
+interpreter lock. So once a response's head is out, its thread sleeps and the thread that receives
+the engine's steps writes events to the socket itself, without blocking: 13 microseconds in the same
+trial. Where the socket is full (a slow client), the response's own thread takes over until it has
+drained.
 
 Without a socket (another WSGI server, a test client) events are yielded as WSGI wants them.
 """
