@@ -28,10 +28,9 @@ from refengine.cpu.arrays import aligned_empty
 from refengine.cpu.calls import call_address
 from refengine.cpu.jit import parallel
 from refengine.cpu.matrix_product import block_kernel
-from refengine.cpu.packing import PANEL
 from refengine.cpu.simd import LANES, splat, sum_lanes
 from refengine.cpu.simd_memory import flat, load
-from refengine.cpu.tile_kernels import TILE_PANELS, TILE_ROWS
+from refengine.cpu.tile_kernels import PANEL, TILE_ROWS
 from refengine.cpu.words import word_dtype
 
 # SmolLM2-135M: query-key-value, output, gate and up, down, and the vocabulary.
@@ -71,12 +70,11 @@ def _tiles(
     kernel: int, panels: Any, words: Any, init: Any, out: Any, rows: int, steps: int, repeats: int,
     threads: int,
 ) -> None:  # fmt: skip
-    width = init.shape[0]
     for thread in numba.prange(threads):
         for _ in range(repeats):
             call_address(
                 kernel, flat(panels), 0, steps, flat(words), words.shape[1], flat(init), 0,
-                flat(out[np.int64(thread)]), width, 0, rows, 0, width // PANEL,
+                flat(out[np.int64(thread)]), PANEL, 0, rows, 0,
             )  # fmt: skip
 
 
@@ -84,17 +82,16 @@ def tile_ceiling(dtype: str, threads: int) -> list[float]:
     """GFLOP/s of one tile over and over, median and best."""
     steps, repeats, inputs = 64, 20_000, 2 if dtype == "bfloat16" else 1
     stored = np.dtype(np.uint16 if dtype == "bfloat16" else np.float32)
-    panels = aligned_empty((TILE_PANELS, steps, PANEL, inputs), stored)
+    panels = aligned_empty((1, steps, PANEL, inputs), stored)
     words = np.zeros((TILE_ROWS, steps * 2), word_dtype(stored))
     panels[...] = 0
-    width = TILE_PANELS * PANEL
-    init = np.zeros(width, np.float32)
-    out = np.zeros((threads, TILE_ROWS, width), np.float32)
+    init = np.zeros(PANEL, np.float32)
+    out = np.zeros((threads, TILE_ROWS, PANEL), np.float32)
     kernel = block_kernel(stored, words.dtype)
     seconds = times_of(
         lambda: _tiles(kernel, panels, words, init, out, TILE_ROWS, steps, repeats, threads)
     )
-    work = 2e-9 * threads * repeats * TILE_ROWS * width * steps * inputs
+    work = 2e-9 * threads * repeats * TILE_ROWS * PANEL * steps * inputs
     return [work / s for s in seconds]
 
 

@@ -23,7 +23,7 @@ from refengine.cpu.decoder_worker import num_stages, worker_address
 from refengine.cpu.linear import linear
 from refengine.cpu.matrix_product import block_kernel
 from refengine.cpu.memory import empty
-from refengine.cpu.packing import PANEL
+from refengine.cpu.simd import LANES
 from refengine.cpu.team import SPACING
 from refengine.cpu.words import word_dtype
 from refengine.reference.validation import (
@@ -181,7 +181,7 @@ class DecoderStep:
             offsets[name] = end if present else -1
             if present:
                 part = np.concatenate(present).astype(np.float32)
-                parts.append(np.pad(part, (0, -len(part) % PANEL)))
+                parts.append(np.pad(part, (0, -len(part) % LANES)))
                 end += len(parts[-1])
         for name in ("qkv_bias", "o_bias"):
             has = offsets[f"{name}_at"] >= 0
@@ -297,4 +297,4 @@ class DecoderStep:
 
 
 def _padded(size: int) -> int:
-    return -(-size // PANEL) * PANEL
+    return -(-size // LANES) * LANES

@@ -32,11 +32,12 @@ from refengine.cpu.calls import call_address
 from refengine.cpu.decoder_layout import PARTS, array_at, step_at
 from refengine.cpu.jit import compiled_address, inner
 from refengine.cpu.matrix_product import multiply_item, product_items
-from refengine.cpu.packing import PANEL, unpack_row
+from refengine.cpu.packing import unpack_row
 from refengine.cpu.rms_norm import fused_add_rms_norm_row, rms_norm_row
 from refengine.cpu.rotary import rotate_head
 from refengine.cpu.simd import LANES
 from refengine.cpu.team import finish, read_clock, take
+from refengine.cpu.tile_kernels import PANEL
 from refengine.cpu.words import fill_words
 from refengine.cpu.write_kv import write_kv_head
 
@@ -79,7 +80,7 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
         at = layer * hidden
         # 1 One product gives query, key and value side by side.
         bias_at = step.qkv_bias_at + layer * step.qkv_bias_stride
-        _product(step, workers, stage, step.qkv, layer, hidden, qkv_width, embedding, words,
+        _product(step, stage, step.qkv, layer, hidden, qkv_width, embedding, words,
                  step.x_words_at, step.x_words, bias_at, step.qkv_at)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _QKV, time)
         # 2 Positions enter by rotation; then the new keys and values are written, since the new
@@ -95,7 +96,7 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
         time = _lap(step, worker, _ATTENTION, time)
         # 4 Back to the stream's width.
         bias_at = step.o_bias_at + layer * step.o_bias_stride
-        _product(step, workers, stage, step.o, layer, q_width, hidden, embedding, words,
+        _product(step, stage, step.o, layer, q_width, hidden, embedding, words,
                  step.attention_words_at, step.attention_words, bias_at,
                  step.result_at)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _OUTPUT, time)
@@ -105,14 +106,14 @@ def _run_worker(worker: int, workers: int, step_address: int, embedding: Any, wo
                    embedding, words)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _NORM, time)
         # 6 Gate and up are one product.
-        _product(step, workers, stage, step.gate_up, layer, hidden, 2 * step.width, embedding,
+        _product(step, stage, step.gate_up, layer, hidden, 2 * step.width, embedding,
                  words, step.x_words_at, step.x_words, step.zeros_at, step.gate_up_at)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _GATE_UP, time)
         # 7 Activation.
         _gate(step, worker, stage, embedding, words)
         stage, time = stage + 1, _lap(step, worker, _ACTIVATION, time)
         # 8 Back to the stream's width.
-        _product(step, workers, stage, step.down, layer, step.width, hidden, embedding, words,
+        _product(step, stage, step.down, layer, step.width, hidden, embedding, words,
                  step.gated_words_at, step.gated_words, step.zeros_at, step.result_at)  # fmt: skip
         stage, time = stage + 1, _lap(step, worker, _DOWN, time)
         # 9 Add; what the next layer reads, or the final norm.
@@ -145,20 +146,20 @@ def _tokens(step: Any, item: int) -> tuple[int, int]:
 
 @inner
 def _product(
-    step: Any, workers: int, stage: int, address: int, layer: int, in_features: int,
+    step: Any, stage: int, address: int, layer: int, in_features: int,
     out_features: int, embedding: Any, words: Any, words_at: int, words_stride: int,
     init_at: int, out_at: int,
 ) -> None:  # fmt: skip
     """One layer's product with the stacked weights at ``address``."""
     stages = array_at(step.stages, np.int64)
-    width = 4 // embedding.itemsize  # inputs a line: two where weights are bfloat16
+    width = 4 // embedding.itemsize  # inputs a step: two where weights are bfloat16
     steps = (in_features + width - 1) // width
     layer_size = (out_features + PANEL - 1) // PANEL * steps * PANEL * width
-    items, mine = product_items(step.num_tokens, out_features, workers), 0
+    items, mine = product_items(step.num_tokens, out_features), 0
     item = take(stages, stage)
     while item < items:
         multiply_item(
-            step.block_kernel, item, workers,
+            step.block_kernel, item,
             array_at(address, embedding), layer * layer_size, steps,
             array_at(step.words + 4 * words_at, words), words_stride,
             array_at(step.vectors, np.float32), init_at,

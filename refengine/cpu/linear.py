@@ -88,13 +88,13 @@ def _linear(
                 flat(x), t * in_features, flat(panels), flat(words), t * words.shape[1], 0,
                 in_features,
             )  # fmt: skip
-    items = product_items(out.shape[0], out.shape[1], workers)
+    items = product_items(out.shape[0], out.shape[1])
     queue = np.zeros(1, np.int64)
     for _ in numba.prange(workers):
         item = fetch_add(queue, 0, 1)
         while item < items:
             multiply_item(
-                kernel, item, workers, flat(panels), 0, panels.shape[1], flat(words),
+                kernel, item, flat(panels), 0, panels.shape[1], flat(words),
                 words.shape[1], flat(init), 0, flat(out), out.shape[0], out.shape[1],
             )  # fmt: skip
             item = fetch_add(queue, 0, 1)

@@ -1,13 +1,12 @@
-"""A matrix product cut into items for threads: which tiles each multiplies, in which order.
+"""A matrix product cut into items for threads, each a panel of outputs by a block of rows.
 
-The outputs are cut into groups of ``TILE_PANELS`` panels, the rows into tiles. A group is
-multiplied by all tiles of a block of rows before the next group's turn: its weights come from
-memory once, and from the core's cache after that.
+A panel is multiplied by all tiles of its block, one after another: its weights come from memory
+once, and from the core's cache after that.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numba
@@ -16,47 +15,43 @@ from numba import types
 
 from refengine.cpu.calls import call_address
 from refengine.cpu.jit import compiled_address, inner
-from refengine.cpu.packing import PANEL
 from refengine.cpu.tile_kernels import (
-    TILE_PANELS,
+    PANEL,
     TILE_ROWS,
-    line_elements,
     multiply_tile,
-    words_a_step,
+    step_elements,
+    step_words,
 )
 
 # Rows of an item at most.
 BLOCK_ROWS = 64
-# Lines of a panel that are used at a time where there are several tiles: three panels of them stay
-# in a core's second-level cache from one tile to the next.
+# Steps that are taken at a time where there are several tiles: so much of a panel stays in a core's
+# second-level cache from one tile to the next.
 BLOCK_STEPS = 2048
 
 
 @inner
-def product_items(num_tokens: int, out_features: int, workers: int) -> int:
+def product_items(num_tokens: int, out_features: int) -> int:
     """How many items ``multiply_item`` cuts a product into, for threads to share."""
-    group, blocks = _cut(num_tokens, out_features, workers)
-    num_panels = -(-out_features // PANEL)
-    return -(-num_panels // group) * blocks
+    return -(-out_features // PANEL) * _row_blocks(num_tokens)
 
 
 @inner
 def multiply_item(
-    kernel: int, item: int, workers: int, weights: Any, weights_at: int, steps: int,
+    kernel: int, item: int, weights: Any, weights_at: int, steps: int,
     words: Any, words_stride: int, init: Any, init_at: int,
     out: Any, num_tokens: int, out_features: int,
 ) -> None:  # fmt: skip
-    """One part of a product: a group of panels by a block of rows.
+    """One part of a product.
 
-    Neighbouring items share a group: its weights are in the cache when the next block comes.
+    Neighbouring items share a panel: its weights are in the cache when the next block comes.
 
     Args:
         kernel: from ``block_kernel``.
         item: 0 to ``product_items(...) - 1``.
-        workers: threads that share the product; results do not depend on it.
         weights: flat packed matrix, or a stack.
         weights_at: where the matrix begins in it.
-        steps: lines a panel.
+        steps: of a panel.
         words: flat words of x.
         words_stride: words from row to row.
         init: flat float32 bias, or zeros.
@@ -65,27 +60,20 @@ def multiply_item(
         num_tokens: rows.
         out_features: columns.
     """
-    group, blocks = _cut(num_tokens, out_features, workers)
-    num_panels = -(-out_features // PANEL)
-    panel, block = item // blocks * group, item % blocks
+    blocks = _row_blocks(num_tokens)
+    panel, block = item // blocks, item % blocks
     call_address(
         kernel, weights, weights_at, steps, words, words_stride, init, init_at, out, out_features,
-        num_tokens * block // blocks, num_tokens * (block + 1) // blocks,
-        panel, min(panel + group, num_panels),
+        num_tokens * block // blocks, num_tokens * (block + 1) // blocks, panel,
     )  # fmt: skip
 
 
 @inner
-def _cut(num_tokens: int, out_features: int, workers: int) -> tuple[int, int]:
-    """Panels an item, and blocks of rows."""
-    num_groups = -(-out_features // (PANEL * TILE_PANELS))
-    blocks = max(1, -(-num_tokens // BLOCK_ROWS))
-    # A few large items would leave threads without work at the end.
-    group = TILE_PANELS if num_groups * blocks >= 4 * workers else 1
-    return group, blocks
+def _row_blocks(num_tokens: int) -> int:
+    return max(1, (num_tokens + BLOCK_ROWS - 1) // BLOCK_ROWS)
 
 
-@lru_cache
+@cache
 def block_kernel(weights: np.dtype[Any], words: np.dtype[Any]) -> int:
     """The address of ``_multiply_block`` compiled for weights and words of these dtypes.
 
@@ -94,68 +82,38 @@ def block_kernel(weights: np.dtype[Any], words: np.dtype[Any]) -> int:
     pointers = [types.CPointer(numba.from_dtype(np.dtype(d))) for d in (weights, words)]
     sums, size = types.CPointer(types.float32), types.intp
     signature = types.void(
-        pointers[0], size, size, pointers[1], size, sums, size, sums, size, *[size] * 4
+        pointers[0], size, size, pointers[1], size, sums, size, sums, size, size, size, size
     )
     return compiled_address(_multiply_block, signature)
 
 
 def _multiply_block(
-    weights: Any,
-    weights_at: Any,
-    steps: Any,
-    words: Any,
-    words_stride: Any,
-    init: Any,
-    init_at: Any,
-    out: Any,
-    out_features: Any,
-    first_row: Any,
-    last_row: Any,
-    first_panel: Any,
-    last_panel: Any,
-) -> None:
-    """Rows ``first_row .. last_row - 1`` by panels ``first_panel .. last_panel - 1``.
+    weights: Any, weights_at: int, steps: int, words: Any, words_stride: int,
+    init: Any, init_at: int, out: Any, out_features: int, first_row: int, last_row: int, panel: int,
+) -> None:  # fmt: skip
+    """Rows ``first_row .. last_row - 1`` by one panel.
 
     Operands are pointers; the rest is as in ``multiply_item``.
     """
-    line = line_elements(weights)
-    panel_stride = steps * line
+    panel_at = weights_at + panel * steps * step_elements(weights)
+    column = panel * PANEL
+    columns = min(out_features - column, PANEL)
     num_rows = last_row - first_row
-    num_tiles = -(-num_rows // TILE_ROWS)
+    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
     block_steps = BLOCK_STEPS if num_tiles > 1 else steps
-    panel = first_panel
-    while panel < last_panel:
-        group = TILE_PANELS if last_panel - panel >= TILE_PANELS else 1
-        columns = min(out_features - (panel + group - 1) * PANEL, PANEL)
-        if columns < PANEL:
-            group, columns = 1, min(out_features - panel * PANEL, PANEL)
-        group_at = weights_at + panel * panel_stride
-        for first_step in range(0, steps, block_steps):
-            num_steps = min(block_steps, steps - first_step)
-            for tile in range(num_tiles):
-                row = first_row + num_rows * tile // num_tiles
-                rows = first_row + num_rows * (tile + 1) // num_tiles - row
-                out_at = row * out_features + panel * PANEL
-                # The sums begin with the bias, later blocks of steps with what the first ones left.
-                source, source_at, source_stride = init, init_at + panel * PANEL, 0
-                if first_step > 0:
-                    source, source_at, source_stride = out, out_at, out_features
-                multiply_tile(
-                    weights,
-                    group_at + first_step * line,
-                    panel_stride,
-                    words,
-                    row * words_stride + first_step * words_a_step(weights, words),
-                    words_stride,
-                    source,
-                    source_at,
-                    source_stride,
-                    out,
-                    out_at,
-                    out_features,
-                    num_steps,
-                    rows,
-                    group,
-                    columns,
-                )
-        panel += group
+    for step in range(0, steps, block_steps):
+        for tile in range(num_tiles):
+            row = first_row + num_rows * tile // num_tiles
+            rows = first_row + num_rows * (tile + 1) // num_tiles - row
+            out_at = row * out_features + column
+            # Sums begin with the bias, later blocks of steps with what the earlier ones left.
+            source, source_at, source_stride = init, init_at + column, 0
+            if step > 0:
+                source, source_at, source_stride = out, out_at, out_features
+            multiply_tile(
+                weights, panel_at + step * step_elements(weights),
+                words, row * words_stride + step * step_words(weights, words), words_stride,
+                source, source_at, source_stride,
+                out, out_at, out_features,
+                min(block_steps, steps - step), rows, columns,
+            )  # fmt: skip

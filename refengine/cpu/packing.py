@@ -1,12 +1,13 @@
-"""Weights as the matrix product reads them: panels of 16 outputs, one 64-byte line after another.
+"""Weights as the matrix product reads them: panels of outputs, one step after another.
 
-A panel holds 16 rows of ``[out, in]``. Its lines lie one behind the other in the order in which a
-product needs them, so that reading a matrix is one pass through memory:
+A panel holds ``PANEL`` rows of ``[out, in]``. What the product needs in one step lies together, and
+the steps in their order, so that reading a matrix is one pass through memory:
 
-    float32:   line i holds weight[o, i] of the panel's 16 outputs o
-    bfloat16:  line i holds weight[o, 2 i], weight[o, 2 i + 1] of the 16 outputs
+    float32:   step i holds weight[o, i] of the panel's outputs o
+    bfloat16:  step i holds weight[o, 2 i], weight[o, 2 i + 1] of the panel's outputs
 
-Outputs are filled up to a multiple of 16, and bfloat16 inputs to an even number, with zeros.
+Outputs are filled up to whole panels, and bfloat16 inputs to an even number, with zeros. How large
+a panel is depends on the processor (tile_kernels.py); packed weights are never written to disk.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from numba import types
 
 from refengine.cpu.arrays import BFLOAT16, Array, aligned_empty, bits
 from refengine.cpu.jit import inner, parallel
-from refengine.cpu.simd import F32, I32, intrinsic
+from refengine.cpu.simd import F32, I32, LANES, intrinsic
 from refengine.cpu.simd_memory import flat, load_first, store
+from refengine.cpu.tile_kernels import PANEL
 from refengine.reference.validation import check_shape
-
-PANEL = 16  # outputs a panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class PackedWeight:
     """One ``[out_features, in_features]`` matrix.
 
     Attributes:
-        panels: ``[num_panels, steps, 16, inputs a step]``; uint16 for bfloat16, or float32.
-        no_bias: ``[num_panels * 16]`` float32 zeros, the bias of a product without one.
+        panels: ``[num_panels, steps, PANEL, inputs a step]``; uint16 for bfloat16, or float32.
+        no_bias: ``[num_panels * PANEL]`` float32 zeros, the bias of a product without one.
     """
 
     panels: Array
@@ -63,7 +63,7 @@ class PackedStack:
     """Matrices of one shape behind each other; indexing gives one of them, as a view.
 
     Attributes:
-        panels: ``[count, num_panels, steps, 16, inputs a step]``.
+        panels: ``[count, num_panels, steps, PANEL, inputs a step]``.
     """
 
     panels: Array
@@ -177,16 +177,16 @@ def as_float32(typing_context: Any, value: Any) -> Any:
 
 @parallel
 def _pack(source: Any, panels: Any) -> None:
-    """``source [out, in]`` into ``panels [num_panels, steps, 16, width]``."""
+    """``source [out, in]`` into ``panels [num_panels, steps, PANEL, width]``."""
     out_features, in_features = source.shape
     num_panels, steps, _, width = panels.shape
-    padded = -(-in_features // PANEL) * PANEL + PANEL  # room for whole loads past a row's end
+    padded = (in_features // LANES + 2) * LANES  # room for whole loads past a row's end
     for panel in numba.prange(num_panels):
         # 1 The panel's rows in the panel's dtype, zeros where the matrix has ended.
         rows = np.zeros((PANEL, padded), panels.dtype)
         for lane in range(min(PANEL, out_features - panel * PANEL)):
             source_at = (panel * PANEL + lane) * in_features
-            for i in range(0, in_features, PANEL):
+            for i in range(0, in_features, LANES):
                 value = load_first(flat(source), source_at + i, in_features - i)
                 store(flat(rows), lane * padded + i, value)
         # 2 Side by side.
@@ -203,8 +203,8 @@ def unpack_row(panels: Any, row: Any, steps: Any, width: Any, out: Any, out_at: 
     Args:
         panels: flat; uint16 or float32.
         row: which row.
-        steps: lines a panel.
-        width: inputs a line, 2 for bfloat16 and 1 for float32.
+        steps: of a panel.
+        width: inputs a step, 2 for bfloat16 and 1 for float32.
         out: flat, float32.
         out_at: where the row begins in it; ``steps * width`` elements are written.
     """

@@ -1,14 +1,14 @@
 """The innermost part of a matrix product: one tile of outputs, held in registers, over all inputs.
 
-A tile is up to ``TILE_ROWS`` rows of x by up to ``TILE_PANELS`` panels of 16 outputs. Each step
-loads one 64-byte line of every panel and one word of every row, and multiplies each with each; the
-sums stay in registers until the last step. The loop is written in LLVM's language, since a
-compiler would not keep a tile of a Python loop in registers.
+A tile is up to ``TILE_ROWS`` rows of x by a panel of ``PANEL`` outputs. Each step loads the panel's
+next 64-byte lines and one word of every row, and multiplies each with each; the sums stay in
+registers until the last step. The loop is written in LLVM's language, since a compiler would not
+keep a tile of a Python loop in registers.
 
-A word is what one step takes from a row of x, and a line what it takes from a panel:
+A word is what one step takes from a row of x, a line what it takes for 16 outputs:
 
 ==============  =================================  ============================================
-kind            word of x                          line of a panel
+kind            word of x                          line of weights
 ==============  =================================  ============================================
 ``float32``     one float32                        16 outputs, one input
 ``bfloat16``    two bfloat16, as one uint32        16 outputs, two inputs: ``vdpbf16ps`` (Intel
@@ -59,7 +59,8 @@ _FEATURES = _target_features()
 HAS_BFLOAT16_DOT = "avx512bf16" in _FEATURES and llvm.llvm_version_info[0] >= 17
 # Tiles fill the register file: 32 registers of 16 lanes hold 8 x 3 sums, 3 lines and words; 16 of 8
 # lanes (AVX2), or 32 of 4 (NEON), hold 4 x 1.
-TILE_ROWS, TILE_PANELS = (8, 3) if "avx512f" in _FEATURES else (4, 1)
+TILE_ROWS, TILE_VECTORS = (8, 3) if "avx512f" in _FEATURES else (4, 1)
+PANEL = TILE_VECTORS * LANES  # outputs a panel
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -156,43 +157,39 @@ def _at(builder: Any, address: Any, offset: Any) -> Any:
     return builder.gep(address, [offset], source_etype=_I8)
 
 
-def _tile_function(module: Any, kind: Any, rows: int, panels: int) -> Any:
-    """The function of one tile shape, made on first use in a module.
+def _tile_function(module: Any, kind: Any, rows: int) -> Any:
+    """The function of one number of rows, made on first use in a module.
 
-    Its arguments: weights, bytes from panel to panel; x, bytes from row to row; initial sums, bytes
-    from row to row; out, bytes from row to row; steps; columns. The last panel has ``columns``
-    outputs; only tiles of one panel look at it.
+    Its arguments: the panel's weights; x, bytes from row to row; initial sums, bytes from row to
+    row; out, bytes from row to row; steps; and the panel's outputs, ``PANEL`` or fewer.
     """
-    name = f"refengine_tile_{kind.name}_{rows}x{panels}"
+    name = f"refengine_tile_{kind.name}_{rows}"
     if name in module.globals:
         return module.globals[name]
-    arguments = [_BYTES, _I64] * 4 + [_I64, _I64]
+    arguments = [_BYTES, *[_BYTES, _I64] * 3, _I64, _I64]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    weights, panel_bytes, x, x_bytes, init, init_bytes, out, out_bytes = function.args[:8]
-    steps, columns = function.args[8:]
+    weights, x, x_bytes, init, init_bytes, out, out_bytes, steps, columns = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    panel_at = [_at(builder, weights, builder.mul(panel_bytes, _I64(p))) for p in range(panels)]
     row_at = [_at(builder, x, builder.mul(x_bytes, _I64(r))) for r in range(rows)]
     limit = emit_splat(builder, builder.trunc(columns, I32), VEC_I32)
-    mask = builder.icmp_signed("<", emit_lane_indices(), limit) if panels == 1 else None
+    masks = []
+    for vector in range(TILE_VECTORS):
+        lanes = builder.add(emit_lane_indices(), emit_integers(vector * LANES))
+        masks.append(builder.icmp_signed("<", lanes, limit))
 
-    def place(base: Any, row_bytes: Any, row: int, panel: int) -> Any:
+    def place(base: Any, row_bytes: Any, row: int, vector: int) -> Any:
         address = _at(builder, base, builder.mul(row_bytes, _I64(row)))
-        address = _at(builder, address, _I64(panel * LINE_BYTES))
+        address = _at(builder, address, _I64(vector * LINE_BYTES))
         return builder.bitcast(address, VEC.as_pointer())
 
     # 1 Sums begin with the bias, or with what earlier steps left.
     sums = []
     for row in range(rows):
-        for panel in range(panels):
-            address = place(init, init_bytes, row, panel)
-            if mask is None:
-                sums.append(builder.load(address, align=4, typ=VEC))
-            else:
-                args = [address, I32(4), mask, ir.Constant(VEC, None)]
-                sums.append(emit_call(builder, "llvm.masked.load.v16f32.p0", VEC, args))
+        for vector, mask in enumerate(masks):
+            args = [place(init, init_bytes, row, vector), I32(4), mask, ir.Constant(VEC, None)]
+            sums.append(emit_call(builder, "llvm.masked.load.v16f32.p0", VEC, args))
     # 2 All steps: several a turn, then what is left, one by one.
     step = _I64(0)
     for unroll in (kind.unroll, 1):
@@ -212,20 +209,20 @@ def _tile_function(module: Any, kind: Any, rows: int, panels: int) -> Any:
         builder.cbranch(builder.icmp_signed("<=", following, steps), body, after)
         builder.position_at_end(body)
         sums = list(carried)
-        line_offset = builder.mul(counter, _I64(LINE_BYTES))
+        line_at = _at(builder, weights, builder.mul(counter, _I64(TILE_VECTORS * LINE_BYTES)))
         word_offset = builder.mul(counter, _I64(kind.word_bytes))
         for turn in range(unroll):
             lines = []
-            for address in panel_at:
-                offset = builder.add(line_offset, _I64(turn * LINE_BYTES))
-                pointer = builder.bitcast(_at(builder, address, offset), VEC_I32.as_pointer())
+            for vector in range(TILE_VECTORS):
+                offset = _I64((turn * TILE_VECTORS + vector) * LINE_BYTES)
+                pointer = builder.bitcast(_at(builder, line_at, offset), VEC_I32.as_pointer())
                 line = builder.load(pointer, align=LINE_BYTES, typ=VEC_I32)
                 lines.append(kind.line(builder, line))
             for row, address in enumerate(row_at):
                 offset = builder.add(word_offset, _I64(turn * kind.word_bytes))
                 word = kind.word(builder, _at(builder, address, offset))
-                for panel, line in enumerate(lines):
-                    index = row * panels + panel
+                for vector, line in enumerate(lines):
+                    index = row * TILE_VECTORS + vector
                     sums[index] = kind.add(builder, sums[index], line, word)
         for phi, value in zip(carried, sums, strict=True):
             phi.add_incoming(value, builder.block)
@@ -235,14 +232,10 @@ def _tile_function(module: Any, kind: Any, rows: int, panels: int) -> Any:
         step, sums = counter, carried
     # 3 Out.
     for row in range(rows):
-        for panel in range(panels):
-            address = place(out, out_bytes, row, panel)
-            value = sums[row * panels + panel]
-            if mask is None:
-                builder.store(value, address, align=4)
-            else:
-                args = [value, address, I32(4), mask]
-                emit_call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), args)
+        for vector, mask in enumerate(masks):
+            value = sums[row * TILE_VECTORS + vector]
+            args = [value, place(out, out_bytes, row, vector), I32(4), mask]
+            emit_call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), args)
     builder.ret_void()
     return function
 
@@ -252,7 +245,6 @@ def multiply_tile(
     typing_context: Any,
     weights: Any,
     weights_at: Any,
-    panel_stride: Any,
     words: Any,
     words_at: Any,
     words_stride: Any,
@@ -264,57 +256,53 @@ def multiply_tile(
     out_stride: Any,
     steps: Any,
     rows: Any,
-    panels: Any,
     columns: Any,
 ) -> Any:
     """``out[r, o] = init[r, o] + sum_i x[r, i] * weights[o, i]`` for one tile.
 
     ``weights`` (packed panels on 64-byte boundaries), ``words`` (of x), ``init`` (float32: what
     sums begin with) and ``out`` (float32, may be ``init``) are pointers. An ``_at`` says where from
-    there the tile begins, a ``_stride`` how far it is to the next panel or row, both in elements; a
-    stride of 0 gives every row the same. A tile takes ``steps`` lines of each of ``panels`` panels
-    (``TILE_PANELS`` or 1) and ``rows`` rows (1 to ``TILE_ROWS``). ``columns`` says how many outputs
-    the last panel has; fewer than 16 only where ``panels`` is 1.
+    there the tile begins, a ``_stride`` how far it is to the next row, both in elements; a stride
+    of 0 gives every row the same. A tile takes ``steps`` steps of a panel that has ``columns``
+    outputs (at most ``PANEL``) and ``rows`` rows (1 to ``TILE_ROWS``).
     """
     kind = _kind(weights, words)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        operands = []
-        for operand in (0, 3, 6, 9):
+        operands = [builder.bitcast(builder.gep(args[0], [args[1]]), _BYTES)]
+        for operand in (2, 5, 8):
             width = signature.args[operand].dtype.bitwidth // 8
             pointer = builder.gep(args[operand], [args[operand + 1]])
             operands += [
                 builder.bitcast(pointer, _BYTES),
                 builder.mul(args[operand + 2], _I64(width)),
             ]
-        steps, rows, panels, columns = args[12:]
+        steps, rows, columns = args[11:]
         operands += [steps, columns]
-        # One call among those of all shapes.
-        shape = builder.add(builder.mul(rows, _I64(TILE_PANELS + 1)), panels)
+        # One call among those of all numbers of rows.
         done = builder.append_basic_block("tile.done")
-        switch = builder.switch(shape, done)
-        for tile_rows in range(1, TILE_ROWS + 1):
-            for tile_panels in sorted({1, TILE_PANELS}):
-                function = _tile_function(builder.module, kind, tile_rows, tile_panels)
-                block = builder.append_basic_block("tile")
-                switch.add_case(_I64(tile_rows * (TILE_PANELS + 1) + tile_panels), block)
-                builder.position_at_end(block)
-                builder.call(function, operands)
-                builder.branch(done)
+        switch = builder.switch(rows, done)
+        for count in range(1, TILE_ROWS + 1):
+            function = _tile_function(builder.module, kind, count)
+            block = builder.append_basic_block("tile")
+            switch.add_case(_I64(count), block)
+            builder.position_at_end(block)
+            builder.call(function, operands)
+            builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
     size = types.intp
     strided = [size, size]
     return types.void(
-        weights, *strided, words, *strided, init, *strided, out, *strided, *[size] * 4
+        weights, size, words, *strided, init, *strided, out, *strided, size, size, size
     ), code
 
 
 @intrinsic
-def line_elements(typing_context: Any, weights: Any) -> Any:
-    """Elements of a line of ``weights``."""
-    count = LINE_BYTES * 8 // weights.dtype.bitwidth
+def step_elements(typing_context: Any, weights: Any) -> Any:
+    """Elements of ``weights`` that one step of a panel takes."""
+    count = TILE_VECTORS * LINE_BYTES * 8 // weights.dtype.bitwidth
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.get_constant(types.intp, count)
@@ -323,8 +311,8 @@ def line_elements(typing_context: Any, weights: Any) -> Any:
 
 
 @intrinsic
-def words_a_step(typing_context: Any, weights: Any, words: Any) -> Any:
-    """Elements of ``words`` that one line of ``weights`` is multiplied with."""
+def step_words(typing_context: Any, weights: Any, words: Any) -> Any:
+    """Elements of ``words`` that one step takes from a row."""
     count = _kind(weights, words).word_bytes // 4
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of x as the matrix product reads them: *words*, one for each line of a panel.
+"""Rows of x as the matrix product reads them: *words*, one for each step.
 
 With float32 weights a word is a float32. With bfloat16 weights it is a pair of inputs rounded to
 bfloat16: two bfloat16 in a uint32 where the processor multiplies such pairs, else two float32.
@@ -16,7 +16,6 @@ from numba import types
 
 from refengine.cpu.arrays import Array
 from refengine.cpu.jit import inner
-from refengine.cpu.packing import PANEL
 from refengine.cpu.simd import LANES, VEC, VEC_I32, emit_integers, intrinsic
 from refengine.cpu.simd_memory import load_first
 from refengine.cpu.tile_kernels import HAS_BFLOAT16_DOT
@@ -36,7 +35,7 @@ def word_dtype(weights: npt.DTypeLike) -> np.dtype[Any]:
 
 def allocate_words(num_tokens: int, in_features: int, weights: npt.DTypeLike) -> Array:
     """Room for the words of ``num_tokens`` rows, ``[num_tokens, stride]``."""
-    inputs = -(-in_features // PANEL) * PANEL
+    inputs = -(-in_features // LANES) * LANES
     dtype = word_dtype(weights)
     return np.empty((num_tokens, inputs // 2 if dtype == np.uint32 else inputs), dtype)
 

@@ -20,8 +20,8 @@ from refengine.cpu.linear import (
 from refengine.cpu.words import word_dtype
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-# One output and one input, tails of panels (16), of groups of panels (48) and of pairs (2), blocks
-# of more than 2048 steps, and a real model's.
+# One output and one input, tails of vectors (16), of panels (48) and of pairs (2), blocks of more
+# than 2048 steps, and a real model's.
 SHAPES = [(1, 1), (16, 2), (17, 3), (47, 59), (48, 32), (100, 64), (129, 4099), (960, 576)]
 TILE_EDGES = (1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 70)
 
@@ -222,7 +222,7 @@ def test_generic_words_where_asked_for(monkeypatch):
 _NARROW = """
 import numpy as np, ml_dtypes
 from refengine.cpu import tile_kernels
-assert (tile_kernels.TILE_ROWS, tile_kernels.TILE_PANELS) == (4, 1)
+assert (tile_kernels.TILE_ROWS, tile_kernels.PANEL) == (4, 16)
 from refengine.cpu.linear import linear, prepare_weight
 rng = np.random.default_rng(0)
 for dtype in (np.float32, ml_dtypes.bfloat16):
