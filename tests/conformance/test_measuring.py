@@ -58,8 +58,9 @@ def test_accesses_show_why_a_plain_kernel_is_slow(tmp_path: Path) -> None:
     rows = {}
     for name in ("slow", "fast"):
         report = check(
-            "silu_and_mul", "--impl", f"{tmp_path / 'cuda_kernels.py'}:{name}", "--count-accesses"
-        )
+            "silu_and_mul", "--impl", f"{tmp_path / 'cuda_kernels.py'}:{name}", "--count-accesses",
+            "--time-limit", "200",
+        )  # fmt: skip
         rows[name] = report["accesses"]
     # Two rows of 40 elements: a thread reads a row of 80 and writes 40, in 32 threads.
     slow = {row["kind"]: row for row in rows["slow"] if row["line"] == "all lines"}
