@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refengine.cpu.jit import inner
+from refengine.cpu.jit import inlined, inner
 from refengine.cpu.simd import LANES
 from refengine.cpu.simd_memory import fetch_ahead, load_first, store
 
@@ -48,25 +48,17 @@ def locate_keys(
         offsets[k] = first
 
 
-@inner
-def ask_for(cache: Any, offsets: Any, row_lines: int, first: int, stop: int) -> None:
-    """Let cache lines ``first .. stop - 1`` of a tile's keys (or values) come.
+@inlined
+def ask_for(cache: Any, start: int, count: int) -> None:
+    """Let ``count`` elements of a cache come from memory, from ``start`` on, while others are used.
 
     Args:
         cache: flat.
-        offsets: where each key's row lies.
-        row_lines: cache lines a row.
-        first: lines are counted from key to key, in the order of memory.
-        stop: one past the last.
+        start: element offset.
+        count: elements; 0 asks for nothing.
     """
-    line_elements = 64 // cache.itemsize
-    key, line = first // row_lines, first % row_lines
-    for _ in range(first, stop):
-        at = offsets[key] + line * line_elements
-        fetch_ahead(cache, at)
-        line += 1
-        if line == row_lines:
-            key, line = key + 1, 0
+    for i in range(0, count, 64 // cache.itemsize):
+        fetch_ahead(cache, start + i)
 
 
 @inner

@@ -47,9 +47,8 @@ def score_rows(
         scores: row r begins at ``score + r * width``.
         score: element offset.
         width: keys of a tile.
-        ask: what memory is asked for meanwhile (``ask_for``): key cache, value cache, where the
-            next tile's rows lie, cache lines a row, the next line, how many with every four keys,
-            and how many there are.
+        ask: what memory is asked for meanwhile: key cache, value cache, where the next tile's keys
+            lie, what is added to that, and elements a key (0: nothing).
     """
     q0, s0 = query, score
     q1, s1 = q0 + padded, s0 + width
@@ -74,12 +73,10 @@ def _score(
     queries: Any, rows: Any, padded: int, keys: Any, offsets: Any, shift: int, first: int,
     stop: int, scores: Any, score_rows: Any, ask: Any,
 ) -> None:  # fmt: skip
-    key_cache, _, upcoming, row_lines, line, lines, num_lines = ask
+    key_cache, _, upcoming, ahead, count = ask
     for k in range(first, stop, 4):
-        if lines > 0:
-            ask_for(key_cache, upcoming, row_lines, min(line, num_lines),
-                    min(line + lines, num_lines))  # fmt: skip
-            line += lines
+        for j in range(k, k + 4):
+            ask_for(key_cache, upcoming[j] + ahead, count)
         four = (
             offsets[k] + shift,
             offsets[k + 1] + shift,
@@ -139,17 +136,15 @@ def _add(
     weights: Any, weight_rows: Any, scales: Any, scale_rows: Any, values: Any, offsets: Any,
     shift: int, first: int, stop: int, sums: Any, sum_rows: Any, padded: int, ask: Any,
 ) -> None:  # fmt: skip
-    _, value_cache, upcoming, row_lines, line, lines, num_lines = ask
+    _, value_cache, upcoming, ahead, count = ask
     scale = splat_each(scales, scale_rows, 0)
     wide = padded - padded % (4 * LANES)
     for i in range(0, wide, 4 * LANES):
         columns = (i, i + LANES, i + 2 * LANES, i + 3 * LANES)
         grid = multiply_rows(load_grid(sums, sum_rows, columns), scale)
         for k in range(first, stop):
-            if lines > 0 and i == 0 and k % 4 == 0:
-                ask_for(value_cache, upcoming, row_lines, min(line, num_lines),
-                        min(line + lines, num_lines))  # fmt: skip
-                line += lines
+            if i == 0:
+                ask_for(value_cache, upcoming[k] + ahead, count)
             row = load_each(values, columns, offsets[k] + shift)
             grid = outer_fma(grid, splat_each(weights, weight_rows, k), row)
         store_grid(sums, sum_rows, columns, grid)
@@ -157,6 +152,8 @@ def _add(
         column = (i,)
         narrow = multiply_rows(load_grid(sums, sum_rows, column), scale)
         for k in range(first, stop):
+            if i == 0:
+                ask_for(value_cache, upcoming[k] + ahead, count)
             part = load_each(values, column, offsets[k] + shift)
             narrow = outer_fma(narrow, splat_each(weights, weight_rows, k), part)
         store_grid(sums, sum_rows, column, narrow)

@@ -151,32 +151,27 @@ def attend(
     narrow = rows <= NARROW_ROWS
     no_shift: Any = np.int64(0)  # as a bare 0 it would be a type of its own, compiled once more
     token_stride = num_kv_heads * head_dim
-    row_lines = (heads * head_dim * key_cache.itemsize + 63) // 64
     key_first = max(0, position - window + 1)
     key_stop = position + num_tokens
     tile_first = key_first // TILE_KEYS * TILE_KEYS
     locate_keys(block_tables, table_start, block_size, token_stride, kv_head * head_dim,
                 tile_first, key_first, key_stop, located)  # fmt: skip
     if narrow:  # the first tile is asked for at once
-        num_lines = min(key_stop - tile_first, TILE_KEYS) * row_lines
-        ask_for(key_cache, located, row_lines, 0, num_lines)
-        ask_for(value_cache, located, row_lines, 0, num_lines)
+        for k in range(min(key_stop - tile_first, TILE_KEYS)):
+            ask_for(key_cache, located[k], heads * head_dim)
+            ask_for(value_cache, located[k], heads * head_dim)
     for tile in range(tile_first, key_stop, TILE_KEYS):
         first, stop = max(key_first, tile), min(key_stop, tile + TILE_KEYS)
-        # While a narrow tile is worked on, the next keys and values are asked for in the order of
-        # memory, some cache lines with every four keys. A wide tile computes for so long that
-        # waiting for memory does not show.
-        following = max(0, min(key_stop - tile - TILE_KEYS, TILE_KEYS))  # keys of the next tile
-        if following > 0:
+        # While a narrow tile is worked on, the next keys and values are asked for. A wide tile
+        # computes for so long that waiting for memory does not show.
+        ahead = 0
+        if tile + TILE_KEYS < key_stop:
             locate_keys(block_tables, table_start, block_size, token_stride, kv_head * head_dim,
                         tile + TILE_KEYS, key_first, key_stop, upcoming)  # fmt: skip
-        num_lines = following * row_lines if narrow else 0
-        fours = heads * (TILE_KEYS // 4)
-        lines = (num_lines + fours - 1) // fours  # with every four keys
+            ahead = head_dim if narrow else 0
         for h in range(heads):
             shift = h * head_dim
-            ask = (key_cache, value_cache, upcoming, row_lines, h * (TILE_KEYS // 4) * lines,
-                   lines, num_lines)  # fmt: skip
+            ask = (key_cache, value_cache, upcoming, shift, ahead)
             if narrow and padded == head_dim:
                 _attend_tile(
                     scratch, queries + h * rows * padded, sums + h * rows * padded, scores,

@@ -36,6 +36,14 @@ def inner(function: F) -> F:
     return _compile(function, **_OPTIONS)
 
 
+def inlined(function: F) -> F:
+    """Compile a few instructions that must become part of the loop that calls them.
+
+    A call in the middle of a product would save and restore every register that holds a sum.
+    """
+    return _compile(function, forceinline=True, **_OPTIONS)
+
+
 def parallel(function: F) -> F:
     """Compile a loop over items, whose ``numba.prange`` is spread over the threads."""
     return _compile(function, parallel=True, **_OPTIONS)

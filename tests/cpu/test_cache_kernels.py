@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -276,3 +279,32 @@ def test_swaps_between_caches_of_other_blocks_are_refused(kernels):
     here, there = zeros(*LAYERS), zeros(2, 5, 4, 2, 16)
     with pytest.raises(ValueError, match=r"destination key_caches must have shape \[2, num_blocks"):
         kernels.swap_blocks(here, here, there, there, np.array([[0, 0]]))
+
+
+# ---------------------------------------------------------------- caches past 2 ** 31 elements
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is only promised")
+def test_blocks_past_two_billion_elements(kernels):
+    """Indices of 32 bits would wrap around, into the first blocks."""
+    num_blocks, shape = 2**21 + 5, (16, 1, 64)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # the last is MAP_NORESERVE
+    with mmap.mmap(-1, num_blocks * 16 * 64 * 2, flags=flags) as memory:
+        cache = np.frombuffer(memory, np.uint16).reshape(num_blocks, *shape)
+        last = num_blocks - 1
+        key = numbers(np.random.default_rng(0), (1, 1, 64))
+        with np.errstate(all="ignore"):
+            expected = key.astype(ml_dtypes.bfloat16).view(np.uint16)[0]
+        kernels.write_kv(key, key, cache, cache, np.array([last * 16 + 3]))
+        assert np.array_equal(cache[last, 3], expected)
+        kernels.copy_blocks(cache[np.newaxis], cache[np.newaxis], np.array([[last, last - 1]]))
+        assert np.array_equal(cache[last - 1, 3], expected)
+        cache[last - 1, :4] = np.float32(1.5).view(np.uint32) >> 16
+        query, out = np.ones((1, 1, 64), np.float32), np.zeros((1, 1, 64), np.float32)
+        kernels.paged_attention(
+            query, cache, cache, np.array([[last - 1]], np.int32), np.array([4], np.int32),
+            np.array([0, 1], np.int32), 1.0, None, None, out,
+        )  # fmt: skip
+        assert (out == 1.5).all()
+        assert not cache[:8].any()
+        del cache
