@@ -9,6 +9,12 @@ import pytest
 from tiny_models import write_tiny_model
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The default model's GGUF file, fetched on first use; mark such tests ``model``."""

@@ -68,7 +68,7 @@ def test_accesses_show_why_a_plain_kernel_is_slow(tmp_path: Path) -> None:
     assert slow["load"]["useful %"] == 12.5  # 4 bytes of every 32
     assert slow["load"]["warp requests"] == 80
     assert slow["load"]["sectors/request"] == 2  # two rows
-    assert fast["load"]["useful %"] > 75
+    assert fast["load"]["useful %"] > 60  # all but the ends of rows, wherever the arrays lie
     assert fast["load"]["warp requests"] == 8
     line = next(row for row in rows["slow"] if row["kind"] == "store")
     assert line["source"].startswith("out[row, i] = gate")
